@@ -1,0 +1,47 @@
+"""Files that appear whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from errors import UserError
+
+
+def make_folder(folder: Path) -> Path:
+    """Create `folder` and its parents and return it; UserError where that is not allowed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "not writable")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there ({error.strerror}): choose another --workspace") from None
+    return folder
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Hand out a path beside `path` to write to; when the block ends well it becomes `path`, else it is removed.
+
+    The temporary name keeps the suffix, because encoders look at it. What is at `path` stays untouched until the new file lies complete on
+    the disk. A full disk or a missing permission raises UserError.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    beside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield beside
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, must survive a power cut
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}): free some space or change --workspace"
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,112 @@
+"""What a scene should look like whatever the prompt: one function per regulariser, and which of them are active.
+
+Weights follow the step (`opt.lambda_x(step)`); 0 means that nothing is computed.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nerf.renderer import Render
+from nerf.sampling import ray_of_sample
+
+SHIFT = 0.01  # standard deviation of the step to the neighbour whose normal should agree, world units
+
+
+def entropy(render: Render) -> Float[Tensor, ""]:
+    """Samples are either all or nothing: mean_i of the binary entropy, in bits, of the compositing weight w_i.
+
+    Per sample, like stable-dreamfusion, not per pixel; w is kept within 1e-5 of 0 and 1. Samples behind opaque ones are
+    not in the mean: the marcher has dropped them.
+    """
+    w = render.weights.clamp(1e-5, 1 - 1e-5)
+    return _mean(-w * torch.log2(w) - (1 - w) * torch.log2(1 - w))
+
+
+def opacity(render: Render) -> Float[Tensor, ""]:
+    """Little of the picture is covered: mean over the pixels of alpha^2."""
+    return (render.alpha**2).mean()
+
+
+def orientation(render: Render) -> Float[Tensor, ""]:
+    """Visible surfaces face the camera: mean_i of w_i max(0, n_i . d_i)^2, w without gradient, d the ray's direction."""
+    away = (render.normals * render.directions).sum(-1).clamp(min=0)
+    return _mean(render.weights.detach() * away**2)
+
+
+def normal_smooth_2d(render: Render) -> Float[Tensor, ""]:
+    """The picture of the normals is smooth: mean squared difference of neighbouring pixels of sum_i w_i (n_i + 1) / 2.
+
+    The weights carry no gradient, so that the outline is not asked to vanish. Down plus across.
+    """
+    picture = _pixels(render, render.weights.detach()[:, None] * (render.normals + 1) / 2)
+    return (picture[:, 1:] - picture[:, :-1]).square().mean() + (picture[:, :, 1:] - picture[:, :, :-1]).square().mean()
+
+
+def normal_smooth_3d(render: Render, scene: nn.Module) -> Float[Tensor, ""]:
+    """Normals of neighbouring points agree: mean |n(x) - n(x + e)| over samples and axes, e Gaussian, 0.01 world units."""
+    x, generator = render.positions, render.generator
+    source = generator.device if generator is not None else x.device
+    shift = SHIFT * torch.randn(x.shape, generator=generator, device=source).to(x.device)
+    there = scene.normal((x + shift).clamp(-scene.bound, scene.bound))
+    return _mean((render.normals - there).abs().mean(-1))
+
+
+def center_of_mass(render: Render) -> Float[Tensor, ""]:
+    """The object does not drift away: squared distance of the visible mass's centre from the line camera - origin.
+
+    centre = sum_i w_i x_i / sum_i w_i per view; mean over the views. Across the view only: along it, the centre of what is
+    seen lies in front of the object's, and pulling on it would hollow the object. All views together fix all directions.
+    """
+    moments = torch.cat([render.positions, torch.ones_like(render.positions[:, :1])], -1)
+    moments = _pixels(render, render.weights[:, None] * moments).sum((1, 2))
+    centre = moments[:, :3] / moments[:, 3:].clamp(min=1e-3)
+    axis = F.normalize(render.cameras.position, dim=-1)
+    across = centre - (centre * axis).sum(-1, keepdim=True) * axis
+    return (across**2).sum(-1).mean()
+
+
+def regularisers(opt: Any, step: int, scene: nn.Module, render: Render) -> dict[str, Float[Tensor, ""]]:
+    """The weighted losses that are active at this step, by name; add them to the guidance's.
+
+    Losses on normals are left out where the render has none (it computes them whenever one of these losses is active).
+    """
+    seen = render.normals is not None
+    table = {
+        "entropy": (opt.lambda_entropy, True, entropy),
+        "opacity": (opt.lambda_opacity, True, opacity),
+        "orient": (opt.lambda_orient, seen, orientation),
+        "2d_normal_smooth": (opt.lambda_2d_normal_smooth, seen, normal_smooth_2d),
+        "3d_normal_smooth": (opt.lambda_3d_normal_smooth, seen, lambda r: normal_smooth_3d(r, scene)),
+        "center": (opt.lambda_center, True, center_of_mass),
+    }
+    active = {name: (weight(step), loss) for name, (weight, possible, loss) in table.items() if possible}
+    return {name: weight * loss(render) for name, (weight, loss) in active.items() if weight > 0}
+
+
+def regularise_gradients(opt: Any, step: int, scene: nn.Module) -> None:
+    """Total variation and weight decay of the hash grid, added to its gradient: call it after backward (and unscaling).
+
+    The points that the variation is taken at follow from the step alone: a resumed run sees the same ones.
+    """
+    variation, decay = opt.lambda_tv(step), opt.lambda_wd(step)
+    if variation > 0:
+        generator = torch.Generator(scene.encoder.embeddings.device).manual_seed(step)
+        scene.encoder.grad_total_variation(variation, bound=scene.bound, generator=generator)
+    if decay > 0:
+        scene.encoder.grad_weight_decay(decay)
+
+
+def _mean(values: Float[Tensor, "M"]) -> Float[Tensor, ""]:
+    """The mean, and 0 (with its graph) of nothing."""
+    return values.sum() / max(len(values), 1)
+
+
+def _pixels(render: Render, values: Float[Tensor, "M K"]) -> Float[Tensor, "B H W K"]:
+    """The samples' values, summed over each ray."""
+    ray = ray_of_sample(render.rays, len(values))
+    total = values.new_zeros(len(render.rays), values.shape[1]).index_add(0, ray, values)
+    return total.reshape(*render.alpha.shape[:3], -1)

@@ -1,0 +1,362 @@
+"""The command line: one read-only object that holds the value of every flag.
+
+    default < configs/embedded.yaml (with the embedded model) < -O, -O2 < --config, --file < what was typed
+
+With --test and --six_views what a run saved in WORKSPACE/config.yaml comes before -O. The flags themselves are in flags.py. Nothing
+heavy is imported here, so that --help answers at once.
+"""
+
+import argparse
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from errors import UserError
+from files import atomic
+from flags import FLAGS, GROUPS, PRESETS, Flag, convert, show
+from schedule import Schedule
+
+VERSION = "0.1"
+ROOT = Path(__file__).resolve().parent
+EMBEDDED = ROOT / "configs" / "embedded.yaml"
+SAVED = "config.yaml"
+_ABOUT_CALL = ("O", "O2", "config", "file")  # steer the parsing itself; not attributes of the result
+_SEVERAL = ("pair", "schedules")
+
+Layer = tuple[str, dict[str, Any]]  # where the values come from ("typed", "-O", a file) and the values
+
+
+class Options:
+    """The value of every flag as an attribute, read-only. Weights, rates and the ends of `t_range` are functions of the step.
+
+    `origins` tells where each value comes from, `changes` is a text for the user: what the presets and files changed.
+    """
+
+    def __init__(self, values: dict[str, Any], origins: dict[str, str]):
+        self.__dict__.update(values)
+        self.__dict__["origins"] = MappingProxyType(dict(origins))
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"options are read-only: {name}")
+
+    __delattr__ = None
+
+    def __reduce__(self):
+        return Options, ({name: getattr(self, name) for name in self.__dict__ if name != "origins"}, dict(self.origins))
+
+    def __eq__(self, other):
+        if not isinstance(other, Options):
+            return NotImplemented
+        return {**self.__dict__, "origins": 0} == {**other.__dict__, "origins": 0}
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"Options({', '.join(f'{name}={value!r}' for name, value in self.__dict__.items() if name in FLAGS)})"
+
+    @property
+    def changes(self) -> str:
+        """One line per preset or file: what it set to something else than the default."""
+        lines = []
+        defaults = _resolved({name: convert(flag, flag.default, name) for name, flag in FLAGS.items()})
+        for origin in dict.fromkeys(self.origins.values()):
+            names = [name for name, where in self.origins.items() if where == origin]
+            changed = [name for name in names if getattr(self, name) != defaults[name]]
+            if origin in ("default", "typed") or not changed:
+                continue
+            if origin == _shown(Path(self.workspace) / SAVED):
+                lines.append(f"settings restored from {origin}")
+            else:
+                lines.append(f"{origin}: " + ", ".join(f"{name} {show(getattr(self, name))}" for name in changed))
+        return "\n".join(lines)
+
+    def save(self, path) -> None:
+        """Write what a later --test needs, grouped and with the origin of each value as a comment; whole or not at all.
+
+        Raises UserError when the file cannot be written.
+        """
+        lines = ["# What this run was made with. `main.py --workspace THIS_FOLDER --test` reads it."]
+        for title, group in GROUPS.items():
+            saved = [flag.name for flag in group if flag.saved]
+            lines += ["", f"# {title}"] if saved else []
+            for name in saved:
+                origin = self.origins[name]
+                lines.append(
+                    f"{name}: {_to_yaml(getattr(self, name))}" + ("" if origin == "default" else f"  # {origin}")
+                )
+        with atomic(Path(path)) as beside:
+            beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def parse(argv: Sequence[str] | None = None) -> Options:
+    """The options that `argv` (default: the command line) asks for.
+
+    Raises UserError for everything a user can get wrong; leaves by SystemExit only for --help and --version.
+    """
+    typed, sources = _read_arguments(argv, "typed")
+    evaluate = _last("test", sources, typed) or _last("six_views", sources, typed)
+    presets = _presets(sources, typed)
+    if evaluate:
+        presets.insert(0, _read_saved(_last("workspace", sources, typed)))
+    chosen = [*presets, *sources]
+    if _last("sd_version", chosen, typed) == "embedded" and _last("hf_key", chosen, typed) is None:
+        presets.insert(0, _read_config(EMBEDDED))
+
+    values = {name: convert(flag, flag.default, f"--{name}") for name, flag in FLAGS.items()}
+    origins = dict.fromkeys(FLAGS, "default")
+    for where, layer in [*presets, *sources, typed]:
+        values |= layer
+        origins |= dict.fromkeys(layer, where)
+    _check(values, origins)
+    kept = {name: value for name, value in values.items() if name not in _ABOUT_CALL}
+    return Options(_resolved(kept), {name: origins[name] for name in kept})
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argparse side of the table: grouped help with units, ranges and defaults."""
+    result = _Parser(
+        prog="main.py",
+        description='Text in, a 3-D model out. Start with: main.py --text "a hamburger" --workspace trial -O --save_mesh',
+        epilog=(
+            "A flag that is a switch can be turned off with --no_NAME. A value marked (schedule) may change with the step: a quoted list "
+            '"[step0, value0, value1, step1, ...]", steps up to 1 being fractions of the run. '
+            "Precedence: default < embedded preset < -O, -O2 < --config, --file < typed."
+        ),
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118),
+        usage="main.py --text TEXT [--workspace FOLDER] [-O | -O2] [flags]",
+    )
+    result._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # -1e-3 is a value, not a flag
+    result.add_argument("--version", action="version", version=f"Somnium {VERSION}", help="show the version and exit")
+    for title, group in GROUPS.items():
+        section = result.add_argument_group(title)
+        for flag in group:
+            _add(section, flag)
+    return result
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message.removeprefix('argument ')} (--help lists every flag)")
+
+
+class _Source(argparse.Action):
+    """--config and --file: kept in the order in which they were typed."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        namespace.sources = [*getattr(namespace, "sources", []), (self.dest, value)]
+
+
+def _add(section, flag: Flag) -> None:
+    help_text = f"{flag.help} {_facts(flag)}".replace("%", "%%").strip()
+    if flag.kind == "flag":
+        dash = "-" if flag.name in PRESETS else "--"
+        section.add_argument(dash + flag.name, action="store_true", help=help_text)
+        section.add_argument(f"--no_{flag.name}", dest=flag.name, action="store_false", help=argparse.SUPPRESS)
+        return
+    several = flag.kind in _SEVERAL
+    section.add_argument(
+        f"--{flag.name}",
+        nargs=2 if several else None,
+        metavar=("LOW", "HIGH") if several else _metavar(flag),
+        help=help_text,
+        action=_Source if flag.name in ("config", "file") else "store",
+    )
+
+
+def _metavar(flag: Flag) -> str:
+    return {"int": "N", "text": "TEXT", "choice": "|".join(map(str, flag.choices))}.get(flag.kind, "X")
+
+
+def _facts(flag: Flag) -> str:
+    """Unit, range and default, as the end of a help line."""
+    facts = [flag.unit, flag.range if flag.range.startswith(">") or not flag.range else f"in {flag.range}"]
+    if flag.kind == "flag":
+        facts.append(f"on unless --no_{flag.name}" if flag.default else "")
+    elif flag.default not in (None, ""):
+        facts.append(f"default {show(flag.default)}")
+    text = ", ".join(fact for fact in facts if fact)
+    return ("(schedule) " if flag.kind.startswith("schedule") else "") + (f"[{text}]" if text else "")
+
+
+def _read_arguments(argv: Sequence[str] | None, where: str) -> tuple[Layer, list[Layer]]:
+    """What was typed, and the --config and --file layers in their order."""
+    found, unknown = parser().parse_known_args(argv)
+    if unknown:
+        raise UserError(_unknown_argument(unknown))
+    values = vars(found)
+    sources = []
+    for kind, path in values.pop("sources", []):
+        if kind == "config":
+            sources.append(_read_config(_find(path, "--config")))
+        elif where != "typed":
+            raise UserError(
+                f"--file {where}: a file of flags cannot name another one; put its flags on the command line"
+            )
+        else:
+            sources += _read_flag_file(_find(path, "--file"))
+    return (where, {name: convert(FLAGS[name], value, _label(name, where)) for name, value in values.items()}), sources
+
+
+def _read_flag_file(path: Path) -> list[Layer]:
+    try:
+        words = shlex.split(path.read_text(encoding="utf-8"), comments=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--file {path}: {error}") from None
+    if "-h" in words or "--help" in words or "--version" in words:
+        raise UserError(f"--file {path}: holds a flag that only makes sense on the command line (--help, --version)")
+    typed, sources = _read_arguments(words, str(path))
+    return [*sources, typed]
+
+
+def _read_config(path: Path, hint: str = "") -> Layer:
+    """A YAML file of flag values, all of them known and in range."""
+    import yaml
+
+    shown = _shown(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "problem", None) or getattr(error, "strerror", None) or error
+        raise UserError(f"{shown}: cannot be read as YAML: {reason}{hint}") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise UserError(f"{shown}: expected lines such as `iters: 1000`, found a {type(content).__name__}{hint}")
+    values = {}
+    for key, value in content.items():
+        name = str(key)
+        if name not in FLAGS or name in ("config", "file"):
+            raise UserError(f"{shown}: unknown key {name!r}{_suggest(name, FLAGS)}")
+        values[name] = convert(FLAGS[name], value, _label(name, shown))
+    return shown, values
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def _read_saved(workspace: str) -> Layer:
+    path = Path(workspace) / SAVED
+    if not path.is_file():
+        raise UserError(
+            f"--workspace {workspace}: there is no {SAVED} to restore; check the folder, or train first without --test"
+        )
+    where, values = _read_config(path, "; is it damaged? train again, or mend it by hand")
+    return where, {name: value for name, value in values.items() if FLAGS[name].saved}
+
+
+def _find(path: str, flag: str) -> Path:
+    """A file as named from here, or from the folder of this program."""
+    for candidate in (Path(path), ROOT / path):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"{flag} {path}: no such file")
+
+
+def _last(name: str, sources: list[Layer], typed: Layer):
+    """The value of `name` that will win, presets aside (they set none of those asked for)."""
+    return next((layer[name] for _, layer in reversed([*sources, typed]) if name in layer), FLAGS[name].default)
+
+
+def _presets(sources: list[Layer], typed: Layer) -> list[Layer]:
+    """The one of -O and -O2 that was asked for last."""
+    for where, layer in reversed([*sources, typed]):
+        asked = [name for name in PRESETS if layer.get(name)]
+        if len(asked) > 1:
+            raise UserError(
+                f"-O and -O2 ({where}) exclude each other: one is for the grid, the other for the plain network; choose one"
+            )
+        if asked:
+            return [(f"-{asked[0]}", PRESETS[asked[0]])]
+        if any(name in layer for name in PRESETS):
+            return []
+    return []
+
+
+def _label(name: str, where: str) -> str:
+    """How an error calls a flag: as it was typed, or by file and key."""
+    if where in ("typed", "default", "-O", "-O2"):
+        return f"-{name}" if name in PRESETS else f"--{name}"
+    return f"{where}: {name}"
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    folded = {candidate.lower().replace("-", "_"): candidate for candidate in known}
+    close = get_close_matches(name.lower().replace("-", "_"), folded, n=1)
+    return f"; did you mean {folded[close[0]]}?" if close else " (--help lists every flag)"
+
+
+def _unknown_argument(words: list[str]) -> str:
+    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    if not flags:
+        return f'unexpected {words[0]!r}: put quotes around a value of several words, as in --text "a hamburger"'
+    switches = [f"--no_{name}" for name, flag in FLAGS.items() if flag.kind == "flag"]
+    known = [_label(name, "typed") for name in FLAGS] + switches
+    return f"unknown flag {flags[0]}{_suggest(flags[0], known)}"
+
+
+def _resolved(values: dict[str, Any]) -> dict[str, Any]:
+    """The same values, with schedules that know how long the run is."""
+
+    def resolve(value):
+        if isinstance(value, tuple):
+            return tuple(resolve(item) for item in value)
+        return value.resolved(values["iters"]) if isinstance(value, Schedule) else value
+
+    return {name: resolve(value) for name, value in values.items()}
+
+
+def _check(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """What no single value shows: combinations that cannot be meant. Raises UserError."""
+
+    def refuse(name: str, reason: str):
+        raise UserError(f"{_label(name, origins[name])} {show(values[name])}: {reason}")
+
+    evaluate = values["test"] or values["six_views"]
+    if values["text"] is None and not evaluate:
+        raise UserError(
+            '--text is missing: say what to make, as in --text "a hamburger" (or restore a finished run with --test)'
+        )
+    if values["text"] is not None and not values["text"].strip():
+        refuse("text", 'it is empty; say what to make, as in --text "a hamburger"')
+    if evaluate and values["ckpt"] == "scratch":
+        refuse("ckpt", "leaves nothing to test; name a checkpoint, or leave --test out")
+    low, high = (end.resolved(values["iters"]) for end in values["t_range"])
+    if any(low(step) > high(step) for step in {0, *low.steps, *high.steps}):
+        refuse("t_range", "the low end must never be above the high end")
+    if values["desired_resolution"] < values["base_resolution"]:
+        refuse("desired_resolution", f"must not be below --base_resolution {values['base_resolution']}")
+    if values["min_near"] >= values["radius_range"][0]:
+        refuse("min_near", f"must be below the smallest camera distance, --radius_range {show(values['radius_range'])}")
+    background = values["background"]
+    if background not in ("random", "mlp", "white", "black") and not re.fullmatch("#[0-9a-fA-F]{6}", background):
+        refuse("background", "must be random, mlp, white, black or a colour such as #80a0ff")
+    if background == "mlp" and values["bg_radius"] <= 0 and origins["background"] != "default" and not evaluate:
+        refuse("background", f"needs a background network: --bg_radius {show(values['bg_radius'])} must be above 0")
+    if values["mesh_threshold"] != "auto":
+        convert(_THRESHOLD, values["mesh_threshold"], _label("mesh_threshold", origins["mesh_threshold"]))
+
+
+_THRESHOLD = Flag("mesh_threshold", "float", None, "", range="> 0")
+
+
+def _to_yaml(value: Any) -> str:
+    """One value on one line of YAML."""
+    import yaml
+
+    def plain(item):
+        if isinstance(item, Schedule):
+            return item.to_yaml()
+        return [plain(part) for part in item] if isinstance(item, tuple) else item
+
+    style = '"' if isinstance(value, str) and not value.isprintable() else None  # a line break would end the line
+    text = yaml.safe_dump(
+        plain(value), default_flow_style=True, default_style=style, allow_unicode=True, width=float("inf")
+    )
+    return text.removesuffix("...\n").strip()

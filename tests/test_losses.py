@@ -1,0 +1,162 @@
+"""Each regulariser against numbers worked out by hand, and that only active ones are computed."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nerf.losses import (
+    center_of_mass,
+    entropy,
+    normal_smooth_2d,
+    normal_smooth_3d,
+    opacity,
+    orientation,
+    regularise_gradients,
+    regularisers,
+)
+from nerf.provider import orbit
+from nerf.renderer import Render
+
+NAMES = ("entropy", "opacity", "orient", "2d_normal_smooth", "3d_normal_smooth", "center", "tv", "wd")
+
+
+def picture(weights, rays, height, width, **values):
+    """A render of H x W pixels with these samples, alpha summed from their weights."""
+    weights, rays = torch.tensor(weights), torch.tensor(rays, dtype=torch.int32)
+    owner = torch.repeat_interleave(torch.arange(len(rays)), rays[:, 1].long())
+    alpha = torch.zeros(len(rays)).index_add(0, owner, weights).reshape(-1, height, width, 1)
+    cameras = orbit(torch.full((len(alpha),), 90.0), 0.0, 3.0, 30.0, height, width)
+    values = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in values.items()}
+    return Render(alpha.expand(-1, -1, -1, 3), alpha, alpha, None, cameras, len(weights), weights, rays=rays, **values)
+
+
+class Scene(torch.nn.Module):
+    """Something with just these attributes."""
+
+    def __init__(self, **values):
+        super().__init__()
+        self.__dict__.update(values)
+
+
+def options(**active):
+    values = {name: active.get(name, 0.0) for name in NAMES}
+    return SimpleNamespace(**{f"lambda_{name}": lambda step, value=value: value for name, value in values.items()})
+
+
+def test_entropy():
+    """Binary entropy in bits: 1 at 1/2, 0.8113 at 1/4; nothing at 0 and 1."""
+    render = picture([0.5, 0.25, 1.0, 0.0], [[0, 2], [2, 2]], 1, 2)
+    assert math.isclose(float(entropy(render)), (1 + 0.811278) / 4, rel_tol=1e-3)
+    sure = picture([1.0, 0.0], [[0, 1], [1, 1]], 1, 2)
+    assert float(entropy(sure)) < 2e-4
+
+
+def test_opacity():
+    assert math.isclose(
+        float(opacity(picture([0.5, 0.25, 0.2], [[0, 2], [2, 1]], 1, 2))), (0.75**2 + 0.2**2) / 2, rel_tol=1e-6
+    )
+
+
+def test_orientation():
+    """Only the part of a normal along the ray counts, and only the normals learn."""
+    normals = torch.tensor([[0.0, 0.6, -0.8], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]], requires_grad=True)
+    directions = torch.tensor([[0.0, 0.0, -1.0]]).expand(3, 3)
+    render = picture([0.5, 0.5, 1.0], [[0, 3]], 1, 1, normals=normals, directions=directions)
+    render = replace(render, weights=render.weights.requires_grad_(True))
+    loss = orientation(render)
+    assert math.isclose(loss.item(), 0.5 * 0.64 / 3, rel_tol=1e-6)
+    loss.backward()
+    assert render.weights.grad is None
+    assert (
+        torch.allclose(normals.grad[0], torch.tensor([0.0, 0.0, -2 * 0.5 * 0.8 / 3])) and (normals.grad[1:] == 0).all()
+    )
+
+
+def test_normal_smooth_2d():
+    """Pixels of (n + 1) / 2: (1, .5, .5) | (.5, 1, .5) over (1, .5, .5) | empty."""
+    normals = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    render = picture([1.0, 1.0, 1.0], [[0, 1], [1, 1], [2, 1], [3, 0]], 2, 2, normals=normals)
+    down = (0 + (0.25 + 1 + 0.25)) / 6
+    across = ((0.25 + 0.25) + (1 + 0.25 + 0.25)) / 6
+    assert math.isclose(float(normal_smooth_2d(render)), down + across, rel_tol=1e-6)
+
+
+def test_normal_smooth_3d():
+    """Against a scene whose normals are constant: the mean difference, whatever the shift; the shift repeats."""
+    asked = []
+
+    def normal(x):
+        asked.append(x)
+        return torch.tensor([0.0, 0.0, 1.0]).expand_as(x)
+
+    scene = Scene(normal=normal, bound=1.0)
+    normals, positions = [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]], [[0.2, 0.0, 0.0], [1.0, 0.5, 0.0]]
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        render = picture([1.0, 1.0], [[0, 2]], 1, 1, normals=normals, positions=positions, generator=generator)
+        assert math.isclose(float(normal_smooth_3d(render, scene)), 2 / 6, rel_tol=1e-6)
+    shift = asked[0] - torch.tensor(positions)
+    assert torch.equal(asked[0], asked[1]) and 0.001 < shift.abs().mean() < 0.02 and asked[0].max() <= 1
+
+
+def test_center_of_mass():
+    """Two samples at x = 0.4 (weight 1) and x = 0.1 (weight 3): centre 0.175. Distance along the view does not count."""
+    positions = [[0.4, 0.0, 0.9], [0.1, 0.0, 0.9]]
+    render = picture([1.0, 3.0], [[0, 1], [1, 1]], 1, 2, positions=positions)
+    assert math.isclose(float(center_of_mass(render)), 0.175**2, rel_tol=1e-5)
+    both = picture(
+        [1.0, 3.0, 1.0, 0.0], [[0, 1], [1, 1], [2, 1], [3, 1]], 1, 2, positions=positions + [[0.0, 0.2, 0.0]] * 2
+    )
+    assert math.isclose(float(center_of_mass(both)), (0.175**2 + 0.2**2) / 2, rel_tol=1e-5)
+
+
+def test_center_of_mass_pulls_back():
+    render = picture([0.5, 0.5], [[0, 1], [1, 1]], 1, 2, positions=[[0.5, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    render = replace(render, weights=render.weights.requires_grad_(True))
+    center_of_mass(render).backward()
+    assert render.weights.grad[0] > 0 > render.weights.grad[1]  # less there, more here
+
+
+def test_nothing_to_see():
+    """No sample at all: zeros that can be differentiated."""
+    none = torch.zeros(0, 3, requires_grad=True)
+    render = picture([], [[0, 0]] * 4, 2, 2, normals=none, directions=none, positions=none)
+    assert [loss(render).item() for loss in (entropy, opacity, orientation, normal_smooth_2d, center_of_mass)] == [
+        0
+    ] * 5
+
+
+def test_only_active_losses_weighted():
+    render = picture([0.5, 0.25], [[0, 1], [1, 1]], 1, 2)
+    assert regularisers(options(), 0, Scene(), render) == {}
+    got = regularisers(options(entropy=2.0, opacity=3.0, orient=1.0), 0, Scene(), render)
+    assert set(got) == {"entropy", "opacity"}  # no normals in this picture
+    assert math.isclose(float(got["opacity"]), 3 * float(opacity(render)), rel_tol=1e-6)
+    assert math.isclose(float(got["entropy"]), 2 * float(entropy(render)), rel_tol=1e-6)
+
+
+def test_weights_follow_the_step():
+    render = picture([0.5], [[0, 1]], 1, 1)
+    opt = options()
+    opt.lambda_opacity = lambda step: step / 100
+    assert regularisers(opt, 0, Scene(), render) == {}
+    assert float(regularisers(opt, 50, Scene(), render)["opacity"]) == pytest.approx(0.125)
+
+
+def test_grid_gradients():
+    calls = []
+    encoder = SimpleNamespace(
+        embeddings=torch.zeros(1),
+        grad_total_variation=lambda weight, bound, generator: calls.append(
+            ("tv", weight, bound, generator.initial_seed())
+        ),
+        grad_weight_decay=lambda weight: calls.append(("wd", weight)),
+    )
+    scene = Scene(encoder=encoder, bound=2.0)
+    regularise_gradients(options(), 0, scene)
+    assert calls == []
+    regularise_gradients(options(tv=0.5, wd=0.1), 7, scene)
+    assert calls == [("tv", 0.5, 2.0, 7), ("wd", 0.1)]

@@ -1,0 +1,1 @@
+"""The embedded world: procedural objects with a known shape, and their exact renders."""

@@ -1,0 +1,131 @@
+"""The shapes of the embedded models, in the Hugging Face classes and folder formats that the big ones use."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from toybox.captions import CONTEXT, write_tokenizer
+
+MODELS = Path(__file__).parent / "models"
+SIZE = 64  # pixels a side, for every embedded model
+WIDTH = 128  # of the text embedding
+
+
+def build_autoencoder() -> nn.Module:
+    """`AutoencoderTiny`, 64x64x3 <-> 16x16x4: no normalisation that would wash colors out, and a light encoder since gradients go through it."""
+    from diffusers import AutoencoderTiny
+
+    return AutoencoderTiny(
+        encoder_block_out_channels=(40, 40, 40),
+        decoder_block_out_channels=(40, 40, 40),
+        num_encoder_blocks=(0, 1, 2),
+        num_decoder_blocks=(2, 1, 1),
+        latent_channels=4,
+        latent_magnitude=3,
+    )
+
+
+def _text_config(folder: Path):
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        projection_dim=WIDTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def build_text_encoder(folder: Path) -> nn.Module:
+    """A small `CLIPTextModel` for the tokenizer in `folder`."""
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel(_text_config(folder))
+
+
+def build_clip(folder: Path) -> nn.Module:
+    """A small `CLIPModel` (pictures of 64x64 in patches of 8) for the tokenizer in `folder`."""
+    from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=8,
+        projection_dim=WIDTH,
+    )
+    config = CLIPConfig(text_config=_text_config(folder), vision_config=vision, projection_dim=WIDTH)
+    config._attn_implementation = "eager"  # trains faster than the fused one on a CPU
+    return CLIPModel(config)
+
+
+def build_unet() -> nn.Module:
+    """The denoiser. The text reaches it twice: by cross-attention, and pooled into the time embedding.
+
+    The second way (`addition_embed_type="text"`) scales and shifts every residual block, so that kind, color and view are learned in
+    thousands of steps instead of tens of thousands. Attention stays at 4x4: above, it costs more time than it gives.
+    """
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=SIZE // 4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(48, 96, 192),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 3,
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("UpBlock2D",) * 3,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,  # the number of heads, whatever the name says
+        norm_num_groups=16,
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+    )
+
+
+def build_scheduler():
+    """Stable Diffusion's noise schedule, predicting v: its loss weighs shape (high noise) and detail (low noise) evenly."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+
+
+def save_pipeline(folder: Path, unet: nn.Module, text_encoder: nn.Module, vae: nn.Module) -> None:
+    """Write a `StableDiffusionPipeline` folder in half precision, without traces of where the parts came from."""
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+    write_tokenizer(folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    parts = [module.to(torch.float16) for module in (unet, text_encoder, vae)]
+    pipeline = StableDiffusionPipeline(
+        vae=parts[2],
+        text_encoder=parts[1],
+        tokenizer=tokenizer,
+        unet=parts[0],
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
