@@ -212,6 +212,9 @@ def _build(folder: Path, name: str, cuda: bool, target: Path) -> None:
         os.environ["CUDA_HOME"] = "/usr/local/cuda"  # torch would guess the parent of a wrapper script on PATH
     from torch.utils import cpp_extension  # 0.1 s, and only builds need it
 
+    for ruin in target.parent.glob("*.build"):  # what killed builds left behind
+        if time.time() - ruin.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(ruin, ignore_errors=True)
     private = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".build", dir=target.parent))
     try:
         sources = [folder / "src" / "bindings.cpp", folder / "src" / "cpu.cpp"]

@@ -44,9 +44,7 @@ class FreqEncoder(nn.Module):
         return f"input_dim={self.input_dim}, degree={self.degree}, output_dim={self.output_dim}"
 
 
-def frequency_encode(
-    x: Float[Tensor, "N D"], degree: int, active: int | None = None
-) -> Float[Tensor, "N W"]:
+def frequency_encode(x: Float[Tensor, "N D"], degree: int, active: int | None = None) -> Float[Tensor, "N W"]:
     """The encoding as a function: W = D (1 + 2 degree) columns, bands from `active` on zero."""
     active = degree if active is None else active
     x = x if x.dtype.itemsize >= 4 else x.float()

@@ -189,7 +189,9 @@ class _InputGradient(Function):
     ) -> Tensor:
         ctx.save_for_backward(grad, x, table)
         ctx.rest = ops, spec, active, bound
-        return ops.input_gradient(grad, x, table, None, spec.numbers, active, spec.smoothstep, spec.align_corners, bound)
+        return ops.input_gradient(
+            grad, x, table, None, spec.numbers, active, spec.smoothstep, spec.align_corners, bound
+        )
 
     @staticmethod
     @once_differentiable

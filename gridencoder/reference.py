@@ -138,7 +138,9 @@ def variation_gradient(
             neighbour = vertex.clone()
             neighbour[:, axis] += step
             exists = (neighbour[:, axis] >= 0) & (neighbour[:, axis] < level.resolution)
-            difference = (value - table[rows(level, neighbour.clamp(0, level.resolution - 1))].to(x.dtype)) * exists[:, None]
+            difference = (value - table[rows(level, neighbour.clamp(0, level.resolution - 1))].to(x.dtype)) * exists[
+                :, None
+            ]
             total, squares = total + difference, squares + difference * difference
         gradient.index_add_(0, row, weight * total / squares.sqrt())
     return gradient

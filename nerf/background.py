@@ -45,14 +45,14 @@ def training_background(
 ) -> Float[Tensor, "B C"] | None:
     """What `render(background=...)` gets in a training step, on the generator's device; None is the background network.
 
-    `--background random`: a random colour for each view and, if there is a network, half of the time that instead: it
-    would learn the object if it were always there. `mlp`: the network always; else the plain colour. With other than 3
-    channels (latents) random backgrounds are normal deviates and plain ones zero.
+    `--background random`: a random colour for each view. `mlp`: half of the time that, else the network, which would learn the
+    object if it were always there. Or the plain colour named. With other than 3 channels (latents) random backgrounds are normal
+    deviates and plain ones zero. Every call draws the same numbers.
     """
     like = {"generator": generator, "device": generator.device}
-    network = opt.background == "mlp" or (has_network and bool(torch.rand(1, **like) < 0.5))
+    network = bool(torch.rand(1, **like) < 0.5) and has_network
     draw = torch.rand(batch, 3, **like) if channels == 3 else torch.randn(batch, channels, **like)
     if opt.background in ("mlp", "random"):
-        return None if network else draw
+        return None if network and opt.background == "mlp" else draw
     colour = plain_colour(opt.background)
     return draw.new_tensor(colour).expand(batch, 3) if channels == 3 else torch.zeros_like(draw)

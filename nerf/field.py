@@ -34,13 +34,16 @@ def density_blob(x: Float[Tensor, "M 3"], activation: str, height: float, radius
     """What is added to the raw density so that training starts with a ball at the origin and nearly nothing around it.
 
     exp       height (2 exp(-|x|^2 / (2 radius^2)) - 1): `height` in the middle, -`height` far away
-    softplus  height (1 - |x| / radius)
+    softplus  height max(1 - |x| / radius, -1)
     The published exp blob ends at 0 instead, a fog of density exp(0) = 1 that fills the box: small priors never get rid of it.
+    The published softplus blob has no floor: far away its gradient vanishes, and nothing can grow there.
     """
     square = (x * x) @ x.new_ones(3)  # faster than a sum over three
     if activation == "exp":
         return height * (2 * torch.exp(square * (-0.5 / radius**2)) - 1)
-    return height * (1 - torch.sqrt(square + 1e-8) / radius)  # 1e-8: the root has no second derivative at 0
+    return height * (1 - torch.sqrt(square + 1e-8) / radius).clamp(
+        min=-1
+    )  # 1e-8: the root has no second derivative at 0
 
 
 def mlp(width_in: int, hidden: int, width_out: int, layers: int) -> nn.Sequential:

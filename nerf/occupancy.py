@@ -16,7 +16,7 @@ from raymarching import morton3D, morton3D_invert, packbits
 DECAY = 0.95  # what an unseen density loses per update
 WARM_UP = 256  # steps during which every update looks at every cell
 SWEEP_SHARE = 0.25  # share of the cells that a later update looks at besides the occupied ones
-EXPLORED_SHARE = 0.02  # share of the empty cells that are sampled all the same until the next update
+EXPLORED_SHARE = (0.05, 0.02)  # share of the empty cells, during and after the warm-up, that are sampled all the same
 CHUNK = {"cpu": 1 << 15, "cuda": 1 << 20}  # cells evaluated at once
 
 
@@ -78,7 +78,8 @@ class OccupancyGrid(nn.Module):
         self.mean.copy_(self.density.mean())
         occupied = self._in_space(lambda cubes: pool(cubes, torch.logical_or), self._above(self.density))
         self.solid.copy_(packbits(occupied.float(), 0.5))
-        occupied |= (self._random(occupied.numel(), generator) < EXPLORED_SHARE).reshape(occupied.shape)
+        explored = EXPLORED_SHARE[step >= WARM_UP]
+        occupied |= (self._random(occupied.numel(), generator) < explored).reshape(occupied.shape)
         self.bitfield.copy_(packbits(occupied.float(), 0.5))
         self.core.copy_(self._in_space(lambda cubes: pool(cubes, torch.minimum), latest))
 

@@ -82,7 +82,7 @@ class NeRFRenderer(nn.Module):
         self.register_buffer("aabb", box, persistent=False)
         marching = opt.cuda_ray
         self.occupancy = OccupancyGrid(opt.grid_size, self.bound, opt.density_thresh) if marching else None
-        network = opt.bg_radius > 0 and opt.background in ("mlp", "random")
+        network = opt.bg_radius > 0 and opt.background == "mlp"
         self.background_network = BackgroundNetwork(channels) if network else None
 
     def query(

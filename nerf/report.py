@@ -205,7 +205,7 @@ def _order(name: str) -> tuple[int, str]:
 
 def _chart(name: str, points: list[tuple[float, float]]) -> str:
     """An SVG line chart: steps below, three levels at the left; logarithmic if positive values span more than a factor of 30."""
-    width, height, left, right, top, bottom = 320, 150, 46, 8, 10, 20
+    width, height, left, right, top, bottom = 320, 150, 48, 8, 10, 20
     if len(points) > 400:
         points = [points[i * len(points) // 400] for i in range(400)] + points[-1:]
     values = [y for _, y in points]
@@ -240,7 +240,14 @@ def _chart(name: str, points: list[tuple[float, float]]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3g}"
+    """Three digits, and never more than seven characters: 0.0123, 12.3, 123k, 1.2e-5."""
+    size = abs(value)
+    if size == 0 or 1e-3 <= size < 1e4:
+        return f"{value:.3g}" if size < 1e3 else f"{value:.0f}"
+    if size >= 1e9 or size < 1e-3:
+        digits, exponent = f"{value:.1e}".split("e")
+        return f"{digits}e{int(exponent)}"
+    return f"{value / 1e6:.3g}M" if size >= 1e6 else f"{value / 1e3:.3g}k"
 
 
 def _seconds(value: float) -> str:

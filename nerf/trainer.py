@@ -251,7 +251,7 @@ class Trainer:
     # ---- results ------------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _showing(self, phase: str):
+    def showing(self, phase: str):
         """The scene as it is shown: averaged weights, eval mode, the progress of this step; the time counts for `phase`."""
         self._ready()
         training = self.scene.training
@@ -276,13 +276,13 @@ class Trainer:
 
     def validate(self) -> list[Path]:
         """Pictures from all around into validation/."""
-        with self._showing("validation") as scene:
+        with self.showing("validation") as scene:
             return results.validation(
                 scene, self.opt, self.workspace / "validation", self.step, lambda: self.interrupts.terminate
             )
 
     def _turntable(self) -> list[Path]:
-        with self._showing("video") as scene:
+        with self.showing("video") as scene:
             return results.turntable_videos(scene, self.opt, self.workspace / "results", self.step)
 
     def test(self) -> list[Path]:
@@ -290,7 +290,7 @@ class Trainer:
         with self.interrupts.watch(training=False):
             if not self.opt.six_views:
                 return self._turntable()
-            with self._showing("video") as scene:
+            with self.showing("video") as scene:
                 return results.six_pictures(scene, self.opt, self.workspace / "results", self.step)
 
     def export_mesh(self) -> list[Path]:
@@ -298,7 +298,7 @@ class Trainer:
         from mesh.export import export
 
         with self.interrupts.watch(training=False):
-            with self._showing("mesh") as scene:
+            with self.showing("mesh") as scene:
                 found = results.extract_mesh(scene, self.opt, self.step, self.log)
                 if found is None:
                     return []

@@ -83,10 +83,12 @@ def test_leftovers_of_a_killed_build_hold_nobody_up(compiler):
     ruin.mkdir(parents=True)
     (ruin / "lock").touch()  # what torch leaves behind, and waits for, for ever
     target.with_suffix(".lock").touch()
+    os.utime(ruin, (0, 0))
     done = threading.Thread(target=extension.load, args=(folder, "stale"), daemon=True)
     done.start()
     done.join(60)
     assert not done.is_alive() and len(built(compiler / "cache")) == 1
+    assert not ruin.exists()
 
 
 def test_a_lock_that_is_never_freed_is_given_up(compiler, monkeypatch):

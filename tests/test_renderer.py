@@ -289,7 +289,9 @@ def test_occupancy_holds_the_object():
         assert occupied[cell(shell * radius + torch.tensor([0.2, 0, 0]))].all()
     far = (torch.rand(3000, 3, generator=seeded()) * 2 - 1) * 0.99
     far = far[(far - torch.tensor([0.2, 0, 0])).norm(dim=-1) > 0.75]
-    assert 0.005 < occupied[cell(far)].float().mean() < 0.05  # a few empty cells keep their chance
+    assert 0.02 < occupied[cell(far)].float().mean() < 0.09  # a few empty cells keep their chance
+    solid = (grid.solid[:, None] >> torch.arange(8, dtype=torch.uint8) & 1 == 1).flatten()
+    assert not solid[cell(far)].any() and (occupied | ~solid).all()  # but not when results are shown
     assert math.isclose(float(grid.mean), 400 * math.pi / 6 / 8, rel_tol=0.15)
 
 
@@ -315,7 +317,7 @@ def test_occupancy_forgets_slowly_and_finds_new_things():
 def test_explored_cells_change():
     grid = OccupancyGrid(32, 1.0, 10.0)
     marked = torch.zeros(32**3, dtype=torch.bool)
-    for step in range(60):
+    for step in range(300, 360):
         grid.update(lambda x: torch.zeros(len(x)), step, seeded(step))
         marked |= bits(grid).reshape(-1)
     assert 0.6 < marked.float().mean() < 0.8  # 1 - 0.98^60 = 0.70

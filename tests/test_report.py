@@ -129,3 +129,8 @@ def test_files_are_listed_with_links(workspace):
         '<a href="results/step_0000004_rgb.mp4">' in page and '<a href="mesh/mesh.glb">' in page and "log.txt" in page
     )
     assert page.count("<h2>How it grew</h2>") == 1 and "step 2</span>" in page and "step 4</span>" in page
+
+
+def test_numbers_stay_short():
+    numbers = (0, 0.01234, 12.34, 1234, 101325, 2.5e6, 8.23e-5, -1.654e-10)
+    assert [report._number(n) for n in numbers] == [*("0 0.0123 12.3 1234 101k 2.5M 8.2e-5 -1.7e-10".split())]

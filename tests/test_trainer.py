@@ -57,7 +57,7 @@ def test_it_learns_a_red_ball_and_leaves_everything_a_run_should(trainer, capsys
     report = run.report()
     folder = run.workspace
 
-    with run._showing("test") as scene:
+    with run.showing("test") as scene:
         cameras = turntable(run.opt, 4, 24, 24)
         render = scene.render(cameras, background=torch.ones(3))
     _, inside = run.guidance.target(cameras.polar, cameras.azimuth, 24, 24)

@@ -33,9 +33,16 @@ def sample(prior, condition, steps: int, scale: float, generator: torch.Generato
     return prior.decode(z)
 
 
+def on_white(image: Float[Tensor, "B H W 3"], tolerance: float = 0.12) -> Float[Tensor, "B H W 3"]:
+    """The pictures with their plain background, as the border shows it, made white."""
+    border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], 1).median(1).values[:, None, None]
+    plain = (image - border).abs().amax(-1, keepdim=True) < tolerance
+    return torch.where(plain, torch.ones_like(image), image)
+
+
 def turned_right(image: Float[Tensor, "B H W 3"], prompt: str, azimuth: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
     """Whether the true view each picture looks most like is within 45 degrees of its azimuth, or looks the same as that one."""
-    found = nearest_view(image, prompt)
+    found = nearest_view(on_white(image), prompt)
     gap = torch.remainder(found - azimuth + 180, 360) - 180
     same = (truth(prompt, found)[0] - truth(prompt, azimuth)[0]).abs().mean((1, 2, 3)) < 0.02
     return ((gap.abs() <= 45) | same).float()

@@ -159,32 +159,39 @@ UNROLL
   for (int k = 0; k < 1 << D; ++k) out[k] = v ? t[k] : w[k];
 }
 
-// Adds the gradient in x of the interpolant of corner values s (or, v given, that gradient's derivative along v).
+// Adds the gradient in x of the interpolant of corner values a (or, v given, that gradient's derivative along v).
+// Folds one axis after the other, last first: values a interpolate, and so do the derivatives g[e] along axes folded
+// before; t and gt are the derivatives of a and g along v. Overwrites a.
 template <class Real, int D>
-HOST_DEVICE void add_gradient(const Place<Real, D>& place, const Real* s, const Real* v, Real* sum) {
-UNROLL
-  for (int axis = 0; axis < D; ++axis) {
-    Real a[1 << D], t[1 << D];
-UNROLL
-    for (int k = 0; k < 1 << D; ++k) {
-      a[k] = s[k];
-      t[k] = Real{};
-    }
-UNROLL
-    for (int d = D - 1; d >= 0; --d) {  // fold one axis: interpolate along it, or differentiate
-UNROLL
-      for (int k = 0; k < 1 << d; ++k) {
-        const Real step = a[k + (1 << d)] - a[k];
-        if (v) {
-          const Real step_t = t[k + (1 << d)] - t[k];
-          t[k] = d == axis ? place.slope[d] * step_t + place.bend[d] * v[d] * step
-                           : t[k] + place.upper[d] * step_t + place.slope[d] * v[d] * step;
-        }
-        a[k] = d == axis ? place.slope[d] * step : a[k] + place.upper[d] * step;
+HOST_DEVICE void add_gradient(const Place<Real, D>& place, Real* a, const Real* v, Real* sum) {
+  Real t[1 << D], g[D][1 << (D - 1)], gt[D][1 << (D - 1)];
+  UNROLL
+  for (int k = 0; k < 1 << D; ++k) t[k] = Real{};
+  UNROLL
+  for (int d = D - 1; d >= 0; --d) {
+    const Real upper = place.upper[d], slope = place.slope[d];
+    const Real rate = v ? slope * v[d] : Real{}, turn = v ? place.bend[d] * v[d] : Real{};
+    UNROLL
+    for (int k = 0; k < 1 << d; ++k) {
+      const int high = k + (1 << d);
+      UNROLL
+      for (int e = d + 1; e < D; ++e) {
+        const Real step = g[e][high] - g[e][k];
+        if (v) gt[e][k] += upper * (gt[e][high] - gt[e][k]) + rate * step;
+        g[e][k] += upper * step;
       }
+      const Real step = a[high] - a[k];
+      if (v) {
+        const Real step_t = t[high] - t[k];
+        gt[d][k] = slope * step_t + turn * step;
+        t[k] += upper * step_t + rate * step;
+      }
+      g[d][k] = slope * step;
+      a[k] += upper * step;
     }
-    sum[axis] += v ? t[0] : a[0];
   }
+  UNROLL
+  for (int d = 0; d < D; ++d) sum[d] += v ? gt[d][0] : g[d][0];
 }
 
 // One vertex's share of the total variation, feature by feature: calls add(entry, feature, gradient).
