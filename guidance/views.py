@@ -24,7 +24,6 @@ WORDS: dict[int, tuple[str, ...]] = {
     4: ("front view", "side view", "back view", "overhead view"),
     8: _AROUND + tuple(f"overhead {words}" for words in _AROUND),
 }
-OVERHEAD_BLEND = 15.0  # degrees on either side of angle_overhead over which the overhead words fade
 
 
 def view_weights(
@@ -37,7 +36,8 @@ def view_weights(
 ) -> Float[Tensor, "B N"]:
     """How much each entry of `WORDS[words]` counts for each camera; every row sums to 1.
 
-    With `blend` neighbouring words fade into each other linearly with the angle; without, each camera gets one word: the overhead words
+    With `blend` neighbouring words fade into each other linearly with the angle, those from above between polar 0 (all) and twice
+    `angle_overhead` (none), so that the mixture tells the elevation as well; without, each camera gets one word: the overhead words
     below `angle_overhead`, else (four words) front and back within `angle_front / 2` of the axis, or (eight words) the nearest one.
     Angles in degrees.
     """
@@ -45,7 +45,7 @@ def view_weights(
         return torch.ones_like(polar)[:, None]
     turn = torch.remainder(azimuth, 360.0)
     if blend:
-        above = ((angle_overhead + OVERHEAD_BLEND - polar) / (2 * OVERHEAD_BLEND)).clamp(0, 1)
+        above = (1 - polar / (2 * max(angle_overhead, 1e-6))).clamp(0, 1)
     else:
         above = (polar < angle_overhead).to(polar.dtype)
     if words == 4:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gridencoder import VARIATION_REFERENCE, VARIATION_SAMPLES
 from nerf.renderer import Render
 from nerf.sampling import ray_of_sample
 
@@ -90,14 +91,21 @@ def regularisers(opt: Any, step: int, scene: nn.Module, render: Render) -> dict[
 def regularise_gradients(opt: Any, step: int, scene: nn.Module) -> None:
     """Total variation and weight decay of the hash grid, added to its gradient: call it after backward (and unscaling).
 
-    The points that the variation is taken at follow from the step alone: a resumed run sees the same ones.
+    The variation is taken at random points, one for eight rows of the table, that stand for as many as always: the weight
+    keeps its meaning and a small grid its speed. They follow from the step alone, so that a resumed run sees the same.
     """
+    encoder = getattr(scene, "encoder", None)
+    if not hasattr(encoder, "grad_total_variation"):
+        return  # no grid; said when the scene was built
     variation, decay = opt.lambda_tv(step), opt.lambda_wd(step)
     if variation > 0:
-        generator = torch.Generator(scene.encoder.embeddings.device).manual_seed(step)
-        scene.encoder.grad_total_variation(variation, bound=scene.bound, generator=generator)
+        device = encoder.embeddings.device
+        count = min(VARIATION_SAMPLES, len(encoder.embeddings) // 8 + 1)
+        draw = torch.rand(count, 3, generator=torch.Generator(device).manual_seed(step), device=device)
+        weight = variation * VARIATION_REFERENCE / count
+        encoder.grad_total_variation(weight, (2 * draw - 1) * scene.bound, scene.bound)
     if decay > 0:
-        scene.encoder.grad_weight_decay(decay)
+        encoder.grad_weight_decay(decay)
 
 
 def _mean(values: Float[Tensor, "M"]) -> Float[Tensor, ""]:

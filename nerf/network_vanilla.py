@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoding import get_encoder
-from errors import UserError
+from errors import say
 from nerf.field import Field
 
 DEGREE = 12
@@ -29,11 +29,9 @@ class NeRFNetwork(Field):
     """12 octaves of sines (75 numbers) -> linear, ReLU, 3 residual blocks, linear (`hidden_dim`) -> density and `channels` colours."""
 
     def __init__(self, opt: Any, channels: int = 3):
-        for flag in ("lambda_tv", "lambda_wd"):
-            if getattr(opt, flag).max() > 0:
-                raise UserError(
-                    f"--{flag}: the vanilla backbone has no grid to regularise; set it to 0 or use --backbone grid"
-                )
+        idle = [f"--{flag}" for flag in ("lambda_tv", "lambda_wd") if getattr(opt, flag).max() > 0]
+        if idle:  # presets set them for the grid
+            say(f"the vanilla backbone has no grid to regularise: {' and '.join(idle)} left out")
         encoder, width = get_encoder("frequency", input_dim=3, multires=DEGREE)
         hidden = opt.hidden_dim
         last = nn.Linear(hidden, 1 + channels)

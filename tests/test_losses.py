@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gridencoder import GridEncoder
 from nerf.losses import (
     center_of_mass,
     entropy,
@@ -147,16 +148,27 @@ def test_weights_follow_the_step():
 
 
 def test_grid_gradients():
-    calls = []
-    encoder = SimpleNamespace(
-        embeddings=torch.zeros(1),
-        grad_total_variation=lambda weight, bound, generator: calls.append(
-            ("tv", weight, bound, generator.initial_seed())
-        ),
-        grad_weight_decay=lambda weight: calls.append(("wd", weight)),
-    )
+    """Nothing without weights; else decay as it is and, on average over steps, the variation of a million points."""
+    encoder = GridEncoder(num_levels=2, base_resolution=4, desired_resolution=8, log2_hashmap_size=9)
     scene = Scene(encoder=encoder, bound=2.0)
+    torch.nn.init.normal_(encoder.embeddings, generator=torch.Generator().manual_seed(0))
     regularise_gradients(options(), 0, scene)
-    assert calls == []
-    regularise_gradients(options(tv=0.5, wd=0.1), 7, scene)
-    assert calls == [("tv", 0.5, 2.0, 7), ("wd", 0.1)]
+    assert encoder.embeddings.grad is None
+    regularise_gradients(options(wd=0.1), 0, scene)
+    encoder.embeddings.grad, decay = None, encoder.embeddings.grad
+    encoder.grad_weight_decay(0.1)
+    assert torch.equal(decay, encoder.embeddings.grad)
+
+    encoder.embeddings.grad = None
+    for step in range(400):
+        regularise_gradients(options(tv=0.5), step, scene)
+    mean, encoder.embeddings.grad = encoder.embeddings.grad / 400, None
+    encoder.grad_total_variation(0.5, bound=2.0, generator=torch.Generator().manual_seed(0))
+    expected = encoder.embeddings.grad
+    assert torch.nn.functional.cosine_similarity(mean.flatten(), expected.flatten(), 0) > 0.99
+    assert math.isclose(mean.norm(), expected.norm(), rel_tol=0.05)
+    encoder.embeddings.grad = None
+    regularise_gradients(options(tv=0.5), 3, scene)
+    first, encoder.embeddings.grad = encoder.embeddings.grad, None
+    regularise_gradients(options(tv=0.5), 3, scene)
+    assert torch.equal(encoder.embeddings.grad, first)

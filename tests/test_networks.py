@@ -9,6 +9,7 @@ from errors import UserError
 from nerf import build_scene
 from nerf.background import plain_colour, training_background
 from nerf.field import density_blob, trunc_exp
+from nerf.losses import regularise_gradients
 from nerf.network_grid import NeRFNetwork as Grid
 from nerf.network_vanilla import NeRFNetwork as Vanilla
 
@@ -173,9 +174,14 @@ def test_state_holds_the_level(options):
     assert torch.equal(other.density(points(9))["sigma"], scene.density(points(9))["sigma"])
 
 
-def test_vanilla_has_no_grid_to_regularise(options):
-    with pytest.raises(UserError, match="--lambda_tv"):
-        Vanilla(options("--backbone", "vanilla", "--lambda_tv", 0.1))
+def test_vanilla_has_no_grid_to_regularise(options, capsys):
+    """Said once, and then left alone: the preset of the embedded model sets them for the grid."""
+    opt = options("--backbone", "vanilla", "--lambda_tv", 0.1, "--lambda_wd", 0)
+    scene = Vanilla(opt)
+    said = capsys.readouterr().err
+    assert "--lambda_tv" in said and "--lambda_wd" not in said
+    regularise_gradients(opt, 0, scene)
+    assert all(p.grad is None for p in scene.parameters())
 
 
 def test_background_network(options):

@@ -13,6 +13,7 @@ from options import EMBEDDED, Options, parse
 from schedule import Schedule
 
 TEXT = ("--text", "a hamburger")
+PRESET = yaml.safe_load(EMBEDDED.read_text())
 
 
 def refused(*argv) -> str:
@@ -67,7 +68,7 @@ def test_the_later_file_wins_whatever_its_kind(file):
 
 
 def test_the_embedded_preset_applies_by_itself_and_lies_lowest(file):
-    preset = yaml.safe_load(EMBEDDED.read_text())
+    preset = PRESET
     opt = parse(TEXT)
     assert opt.sd_version == "embedded" and (opt.iters, opt.grid_size) == (preset["iters"], preset["grid_size"])
     for argv in (["--sd_version", "2.1"], ["--hf_key", "some/model"], ["--config", file("a.yaml", "sd_version: 1.5")]):
@@ -118,7 +119,7 @@ def test_every_switch_can_be_typed_both_ways():
 
 def test_the_user_is_told_what_presets_changed(file):
     lines = parse([*TEXT, "-O", "--no_fp16", "--config", file("a.yaml", "seed: 3\nbound: 1.0")]).changes.splitlines()
-    assert any(line.startswith("configs/embedded.yaml: ") and "iters 700" in line for line in lines)
+    assert any(line.startswith("configs/embedded.yaml: ") and f"iters {PRESET['iters']}" in line for line in lines)
     assert "-O: cuda_ray on" in lines  # fp16 was typed, so it is not the preset's
     assert any(line.endswith("a.yaml: seed 3") for line in lines)  # bound is the default anyway
     assert parse([*TEXT, "--sd_version", "2.1"]).changes == ""
@@ -156,14 +157,14 @@ def test_weights_rates_and_noise_levels_follow_schedules(file):
 def test_a_file_of_flags_knows_quotes_and_comments(file):
     flags = file("flags.txt", "--text 'a blue chair'  # the prompt\n# --iters 3\n-O\n--lambda_tv \"[0, 1, 3, 0.5]\"\n")
     opt = parse(["--file", flags])
-    assert opt.text == "a blue chair" and opt.fp16 and opt.iters == 700 and opt.lambda_tv.max() == 3
+    assert opt.text == "a blue chair" and opt.fp16 and opt.iters == PRESET["iters"] and opt.lambda_tv.max() == 3
     outer = file("outer.txt", f"--config {file('in.yaml', 'seed: 9')} --iters 4")
     assert (parse([*TEXT, "--file", outer]).seed, parse([*TEXT, "--file", outer]).iters) == (9, 4)
 
 
 def test_a_config_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert parse([*TEXT, "--sd_version", "2.1", "--config", "configs/embedded.yaml"]).iters == 700
+    assert parse([*TEXT, "--sd_version", "2.1", "--config", "configs/embedded.yaml"]).iters == PRESET["iters"]
 
 
 def test_options_are_read_only_and_can_be_copied():

@@ -121,7 +121,9 @@ def test_slab(options, marching):
     out = wall.render(head_on)
     assert (out.alpha > 0.999).all() and (out.image[..., 2] - 0.5).abs().max() < 0.03
     if marching:
-        assert out.num_samples <= 16 * 8  # the metre and a half behind the surface was dropped
+        assert out.num_samples <= 16 * 17  # one burst and the sample that made sure; 111 lie behind the surface
+        trained = wall.train().render(head_on, generator=seeded())
+        assert trained.num_samples < 16 * 30  # less the core, two cells behind the surface and the few explored ones
 
 
 @BOTH

@@ -102,7 +102,7 @@ def test_settings_show_what_differs_and_fold_the_rest(workspace):
     page = _write(*workspace)
     shown, _, folded = page[page.index("Settings") :].partition("<details>")
     assert "<td>--guidance_scale</td><td>33</td><td>typed</td>" in shown
-    assert "--lambda_tv" not in shown and "<td>--lambda_tv</td>" in folded
+    assert "--lambda_wd" not in shown and "<td>--lambda_wd</td>" in folded
 
 
 def test_curves_have_axes_and_leave_out_what_never_changes(workspace):

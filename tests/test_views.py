@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from guidance.views import OVERHEAD_BLEND, WORDS, view_weights
+from guidance.views import WORDS, view_weights
 
 WIDE = torch.linspace(-180, 540, 721)  # azimuths beyond one turn count as the same direction
 
@@ -32,7 +32,16 @@ def test_blending_is_continuous_round_and_over_the_top(count, polar):
     assert (around - around.roll(1, 0)).abs().max() < 0.1 / 45 * 1.01  # the steepest fade takes 45 degrees
     rise = torch.arange(0, 180, 0.1)
     over = view_weights(rise, torch.full_like(rise, 77.0), count)
-    assert over.diff(dim=0).abs().max() < 0.1 / (2 * OVERHEAD_BLEND) * 1.01
+    assert over.diff(dim=0).abs().max() < 0.1 / 60 * 1.01  # from 0 to 60 degrees, twice the default angle
+
+
+@pytest.mark.parametrize("count", (4, 8))
+def test_the_blend_tells_the_elevation(count):
+    """From straight above to twice `angle_overhead` the share of the overhead words falls linearly from 1 to 0."""
+    polar = torch.tensor([0.0, 22.5, 45.0, 67.5, 90.0, 110.0])
+    weights = view_weights(polar, torch.zeros(6), count, angle_overhead=45.0)
+    above = torch.tensor([text.startswith("overhead") for text in WORDS[count]])
+    torch.testing.assert_close(weights[:, above].sum(1), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0, 0.0]))
 
 
 def test_the_object_has_its_own_left_and_right():

@@ -21,7 +21,7 @@ from toybox.render import orbit_cameras, trace
 KINDS = tuple(OBJECTS)
 PALETTE = ("", *COLORS)  # index 0: the kind's natural color, which captions do not name
 POLAR, RADIUS, FOVY = (12.0, 103.0), (3.1, 3.3), 30.0  # a little beyond what configs/embedded.yaml samples
-ANGLE_OVERHEAD = 40.0  # as in configs/embedded.yaml
+ANGLE_OVERHEAD = 45.0  # as in configs/embedded.yaml
 CACHE = Path(os.environ.get("SOMNIUM_CACHE", "~/.cache/somnium")).expanduser() / "toybox"
 
 

@@ -22,7 +22,7 @@ ROUND = ("apple", "cupcake", "hamburger", "hat", "lamp", "mushroom", "pumpkin", 
 def chances(pictures: data.Pictures) -> Tensor:
     """How often each picture is drawn: kinds without sides, and views from above, half as often as the rest."""
     simple = torch.isin(pictures.kind, torch.tensor([data.KINDS.index(kind) for kind in ROUND]))
-    return torch.where(simple, 0.5, 1.0) * torch.where(pictures.polar < data.ANGLE_OVERHEAD, 0.5, 1.0)
+    return torch.where(simple, 0.5, 1.0) * torch.where(pictures.polar < 40, 0.5, 1.0)
 
 
 def draw_times(count: int, total: int, generator: torch.Generator) -> Tensor:
