@@ -217,17 +217,17 @@ def _build(folder: Path, name: str, cuda: bool, target: Path) -> None:
             shutil.rmtree(ruin, ignore_errors=True)
     private = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".build", dir=target.parent))
     try:
-        sources = [folder / "src" / "bindings.cpp", folder / "src" / "cpu.cpp"]
-        cpp_extension.load(
-            f"somnium_{name}",
-            [str(path) for path in [*sources, *([folder / "src" / "cuda.cu"] if cuda else [])]],
-            extra_cflags=[*FLAGS, *(["-DUSE_CUDA"] if cuda else [])],
-            extra_cuda_cflags=CUDA_FLAGS if cuda else None,
-            extra_include_paths=[str(SHARED), str(folder / "src")],
-            build_directory=str(private),
-            with_cuda=cuda,
-            is_python_module=False,
-        )
+        with _without_spaces(cpp_extension, folder / "src", SHARED, private) as (source, shared, output):
+            cpp_extension.load(
+                f"somnium_{name}",
+                [str(source / file) for file in ("bindings.cpp", "cpu.cpp", *(["cuda.cu"] if cuda else []))],
+                extra_cflags=[*FLAGS, *(["-DUSE_CUDA"] if cuda else [])],
+                extra_cuda_cflags=CUDA_FLAGS if cuda else None,
+                extra_include_paths=[str(shared), str(source)],
+                build_directory=str(output),
+                with_cuda=cuda,
+                is_python_module=False,
+            )
         try:
             private.rename(target)
         except OSError:  # another process was faster, its result is the same
@@ -236,6 +236,25 @@ def _build(folder: Path, name: str, cuda: bool, target: Path) -> None:
     finally:
         os.environ["PATH"] = paths
         shutil.rmtree(private, ignore_errors=True)
+
+
+@contextmanager
+def _without_spaces(cpp_extension: Any, *folders: Path) -> Iterator[list[Path]]:
+    """The folders, or where one (or torch itself) has a space in its path, links to them: torch's build files do not quote paths."""
+    torch_folder = Path(cpp_extension._TORCH_PATH)
+    if not any(" " in str(path) for path in (torch_folder, *folders)):
+        yield list(folders)
+        return
+    with tempfile.TemporaryDirectory(prefix="somnium-") as place:
+        links = [Path(place) / f"{i}-{path.name}" for i, path in enumerate((torch_folder, *folders))]
+        for link, path in zip(links, (torch_folder, *folders), strict=True):
+            link.symlink_to(path, target_is_directory=True)
+        before = cpp_extension._TORCH_PATH, cpp_extension.TORCH_LIB_PATH
+        cpp_extension._TORCH_PATH, cpp_extension.TORCH_LIB_PATH = str(links[0]), str(links[0] / "lib")
+        try:
+            yield links[1:]
+        finally:
+            cpp_extension._TORCH_PATH, cpp_extension.TORCH_LIB_PATH = before
 
 
 def _keep_log(target: Path, error: BaseException) -> str:

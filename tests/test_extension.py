@@ -66,6 +66,12 @@ def test_builds_once_and_again_when_a_source_changes(compiler, capsys):
     assert extension._fingerprint(folder, cuda=False) != before
 
 
+def test_spaces_in_paths(compiler, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOMNIUM_CACHE", str(tmp_path / "a cache"))
+    assert extension.load(kernel_folder(tmp_path / "my kernels"), "spaced") is not None
+    assert len(built(tmp_path / "a cache")) == 1
+
+
 def test_fingerprint_knows_the_cpu_and_torch(compiler, monkeypatch):
     folder = kernel_folder(compiler / "kernels")
     prints = {extension._fingerprint(folder, cuda=False)}

@@ -142,12 +142,13 @@ def run(prompt: str, workspace: Path, extra: Sequence[str]) -> float:
     return time.time() - start
 
 
-def measure(prompt: str, workspace: Path, judge: Judge | None) -> dict[str, float | bool | int]:
-    """IoU over 8 azimuths, color error, rank among the prompts, face check over 12 azimuths."""
+def measure(prompt: str, workspace: Path, judge: Judge | None) -> dict:
+    """IoU over 8 azimuths, color error, rank among the prompts, face check over 12 azimuths, and the 8 views side by side."""
     eight, twelve = torch.arange(8) * 45.0, torch.arange(-150.0, 181.0, 30.0)
     image, alpha = views(workspace, eight)
     true_image, true_alpha = truth(prompt, eight)
-    found: dict[str, float | bool | int] = {
+    found: dict = {
+        "picture": torch.cat(list(image), 1),
         "iou": intersection_over_union(alpha, true_alpha),
         "color": color_error(image, alpha, true_image, true_alpha),
         "face": face_in_front_only(views(workspace, twelve)[0], twelve, prompt),
@@ -196,6 +197,11 @@ def main() -> None:
             print(format_row(row), flush=True)
     text = table(rows)
     print(text)
+    if args.gallery:
+        from PIL import Image
+
+        rows_of_views = torch.cat([row["picture"] for row in rows])
+        Image.fromarray((rows_of_views * 255).round().byte().numpy()).save(args.gallery)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         title = "Faces where they belong" if args.janus else "The toybox prompts"
