@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from jaxtyping import install_import_hook  # noqa: E402
 
 CHECKED = (
-    *("encoding", "optimizer", "schedule", "nerf", "mesh", "guidance"),
+    *("encoding", "optimizer", "schedule", "nerf", "mesh", "guidance", "toybox"),
     *("raymarching", "gridencoder", "freqencoder", "shencoder"),
 )
 # Annotated shapes become assertions; an int passes where a float is asked for.

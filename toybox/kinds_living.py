@@ -1,7 +1,5 @@
 """Animals, plants, food and figures: name -> (default main colour, parts). Free units, front +z, own left +x."""
 
-from __future__ import annotations
-
 from toybox.primitives import Main, Part, Vec3, pair
 
 BLACK: Vec3 = (0.06, 0.06, 0.07)

@@ -1,7 +1,5 @@
 """Furniture, buildings and household things: name -> (default main colour, parts). Free units, front +z, own left +x."""
 
-from __future__ import annotations
-
 from toybox.primitives import Main, Part, Vec3, pair
 
 DARK: Vec3 = (0.18, 0.18, 0.20)

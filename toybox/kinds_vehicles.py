@@ -1,7 +1,5 @@
 """Vehicles: name -> (default main colour, parts). Free units, front +z, own left +x; `objects.py` normalises them."""
 
-from __future__ import annotations
-
 from toybox.primitives import Main, Part, Vec3, pair
 
 GLASS: Vec3 = (0.45, 0.75, 0.95)

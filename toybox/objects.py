@@ -4,8 +4,6 @@ Right-handed world, y up, the front faces +z, so +x is the object's own left sid
 and scaled so that its farthest point lies at `RADIUS`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -14,8 +14,6 @@ placed by a rotation about the origin followed by a translation.
 | prism     | (hx, hy, hz)                           | gable roof, ridge along z; lower bound      |
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -59,7 +57,7 @@ class Part:
         if len(self.size) != SHAPES[self.shape].arity:
             raise ValueError(f"{self.shape} wants {SHAPES[self.shape].arity} sizes, got {self.size}")
 
-    def moved(self, offset: Vec3, scale: float) -> Part:
+    def moved(self, offset: Vec3, scale: float) -> "Part":
         """The part after x -> scale * (x + offset)."""
         position = tuple(scale * (p + o) for p, o in zip(self.position, offset, strict=True))
         return replace(self, position=position, size=tuple(scale * s for s in self.size))

@@ -8,8 +8,6 @@ Conventions: c2w has OpenGL axes (x right, y up, looks along -z); pixel centres 
 [B, H, W, C], linear, in [0, 1]; depth is the distance along the ray.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
