@@ -6,6 +6,7 @@ python -m toybox.evaluate --only "a hamburger" -- --iters 500      what follows 
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -39,7 +40,7 @@ EXPLAINED = """
 - IoU: silhouettes against the true object's, mean over 8 azimuths; color error: mean absolute RGB difference (0 to 1) where both have the object.
 - rank: place of the prompt among all prompts for tiny-clip, shown 8 views; R-Precision is the share of first places.
 - face: "front only" if the view from the front looks most like a true view within 60 degrees of the front, and no view from the side or behind does.
-- seconds: training and results, with one thread.
+- seconds: start, training and results of one run; two runs shared the machine, with one thread each.
 """
 
 
@@ -131,12 +132,13 @@ class Judge:
         return int((score > score[self.prompts.index(prompt)]).sum()) + 1
 
 
-def run(prompt: str, workspace: Path, extra: Sequence[str]) -> float:
+def run(prompt: str, workspace: Path, extra: Sequence[str], one_thread: bool = False) -> float:
     """One training with small pictures and no mesh; returns seconds, or raises with the end of the output."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if one_thread else None
     command = [sys.executable, "main.py", "--text", prompt, "--workspace", str(workspace), "-O", "--ckpt", "scratch"]
     quick = ["--W", "96", "--H", "96", "--dataset_size_test", "8", "--eval_interval", "0"]
     start = time.time()
-    done = subprocess.run([*command, *quick, *extra], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, *quick, *extra], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{prompt}: exit status {done.returncode}\n{done.stdout[-500:]}{done.stderr[-1500:]}")
     return time.time() - start
@@ -186,7 +188,7 @@ def main() -> None:
         workspace = args.folder / f"{prompt} {name}".strip().replace(" ", "_")
         seconds = 0.0
         if not (args.reuse and (workspace / "checkpoints").exists()):
-            seconds = run(prompt, workspace, [*flags, *args.extra])
+            seconds = run(prompt, workspace, [*flags, *args.extra], args.jobs > 1)
         return {"prompt": prompt, "case": name, "seconds": seconds, "workspace": workspace}
 
     rows = []
