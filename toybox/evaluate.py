@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument(
         "--reuse", action="store_true", help="measure the workspaces that are there, train only the missing ones"
     )
+    parser.add_argument("--gallery", type=Path, help="picture file: a row of 8 views per prompt")
     parser.add_argument("extra", nargs="*", metavar="-- flags", help="for main.py")
     args = parser.parse_args()
 
@@ -223,8 +224,8 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         title = "Faces where they belong" if args.janus else "The toybox prompts"
-        command = "python -m toybox.evaluate " + " ".join(sys.argv[1:])
-        args.out.write_text(f"# {title}\n\nWritten by `{command}`.\n{EXPLAINED}\n{text}")
+        command = " ".join(["python -m toybox.evaluate", *(["--janus"] if args.janus else []), *args.extra])
+        args.out.write_text(f"# {title}\n\nMade by `{command}`.\n{EXPLAINED}\n{text}")
 
 
 def format_row(row: dict) -> str:
