@@ -40,7 +40,7 @@ EXPLAINED = """
 - IoU: silhouettes against the true object's, mean over 8 azimuths; color error: mean absolute RGB difference (0 to 1) where both have the object.
 - rank: place of the prompt among all prompts for tiny-clip, shown 8 views; R-Precision is the share of first places.
 - face: "front only" if the view from the front looks most like a true view within 60 degrees of the front, and no view from the side or behind does.
-- seconds: training and results of one run; two runs shared two cores, with one thread each.
+- seconds: training and results of one run; several shared two cores, with one thread each.
 """
 
 
@@ -204,7 +204,7 @@ def main() -> None:
     def work(case: tuple[str, str, list[str]]) -> dict:
         prompt, name, flags = case
         workspace = args.folder / f"{prompt} {name}".strip().replace(" ", "_")
-        if not (args.reuse and (workspace / "checkpoints").exists()):
+        if not (args.reuse and any((workspace / "checkpoints").glob("step_*_final.pt"))):
             run(prompt, workspace, [*flags, *args.extra], args.jobs > 1)
         return {"prompt": prompt, "case": name, "seconds": logged_seconds(workspace), "workspace": workspace}
 
