@@ -71,6 +71,16 @@ def test_pictures_match_their_angles(pictures):
     assert evaluate.intersection_over_union(alpha, pictures.alpha[at : at + 1].float() / 255) > 0.85
 
 
+def test_training_and_preset_agree_on_what_is_overhead():
+    from options import parse
+
+    opt = parse(["--text", "a hamburger"])
+    assert opt.angle_overhead == data.ANGLE_OVERHEAD and opt.fovy_range == (data.FOVY, data.FOVY)
+    assert (
+        data.POLAR[0] <= opt.theta_range[0] and opt.theta_range[1] <= data.POLAR[1] and opt.radius_range == data.RADIUS
+    )
+
+
 @pytest.mark.parametrize("words", [0, 4, 8])
 def test_caption_weights_sum_to_one(pictures, words):
     rows, weights = data.captions(pictures, torch.arange(6), torch.zeros(6, dtype=torch.long), words)

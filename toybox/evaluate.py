@@ -39,8 +39,9 @@ FACE = 60  # a view that looks most like a true view within this angle of the fr
 EXPLAINED = """
 - IoU: silhouettes against the true object's, mean over 8 azimuths; color error: mean absolute RGB difference (0 to 1) where both have the object.
 - rank: place of the prompt among all prompts for tiny-clip, shown 8 views; R-Precision is the share of first places.
-- face: "front only" if the view from the front looks most like a true view within 60 degrees of the front, and no view from the side or behind does.
-- seconds: training and results of one run; several shared two cores, with one thread each.
+- face: "front only" if the view from the front looks most like a true view within 60 degrees of the front, and no view from the side
+  or behind does (12 views, each compared with 24 true ones by what sets it apart from the mean of all views).
+- seconds: training and results of one run, by its own log.
 """
 
 
@@ -224,7 +225,13 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         title = "Faces where they belong" if args.janus else "The toybox prompts"
-        command = " ".join(["python -m toybox.evaluate", *(["--janus"] if args.janus else []), *args.extra])
+        command = " ".join(
+            [
+                "python -m toybox.evaluate",
+                *(["--janus"] if args.janus else []),
+                *(["--", *args.extra] if args.extra else []),
+            ]
+        )
         args.out.write_text(f"# {title}\n\nMade by `{command}`.\n{EXPLAINED}\n{text}")
 
 
