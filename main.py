@@ -56,6 +56,7 @@ def build(opt):
     """The trainer with its scene and, unless only results are wanted, its guidance."""
     import torch
 
+    from errors import UserError
     from nerf import build_scene
     from nerf.trainer import Trainer
 
@@ -69,6 +70,11 @@ def build(opt):
         from guidance import build_guidance
 
         guidance = build_guidance(opt, device)
+        if "original" in guidance.prior.wants:
+            raise UserError(
+                f"--hf_key {opt.hf_key}: this model edits pictures, and a new scene has none; try it on a picture with "
+                "scripts/playground2d.py --image FILE"
+            )
     return Trainer(opt, scene, guidance, device)
 
 

@@ -1,6 +1,7 @@
 """The command line: one read-only object that holds the value of every flag.
 
-    default < configs/embedded.yaml (with the embedded model) < -O, -O2 < --config, --file < what was typed
+    default < configs/distill/published.yaml (for --distill) < configs/embedded*.yaml (with an embedded model) < --IF < -O, -O2
+            < --config, --file < what was typed
 
 With --test and --six_views what a run saved in WORKSPACE/config.yaml comes before -O. The flags themselves are in flags.py. Nothing
 heavy is imported here, so that --help answers at once.
@@ -22,7 +23,7 @@ from schedule import Schedule
 
 VERSION = "0.1"
 ROOT = Path(__file__).resolve().parent
-EMBEDDED = ROOT / "configs" / "embedded.yaml"
+CONFIGS = ROOT / "configs"
 SAVED = "config.yaml"
 _ABOUT_CALL = ("O", "O2", "config", "file")  # steer the parsing itself; not attributes of the result
 _SEVERAL = ("pair", "schedules")
@@ -102,9 +103,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     presets = _presets(sources, typed)
     if evaluate:
         presets.insert(0, _read_saved(_last("workspace", sources, typed)))
-    chosen = [*presets, *sources]
-    if _last("sd_version", chosen, typed) == "embedded" and _last("hf_key", chosen, typed) is None:
-        presets.insert(0, _read_config(EMBEDDED))
+    presets = [*_automatic([*presets, *sources], typed), *presets]
 
     values = {name: convert(flag, flag.default, f"--{name}") for name, flag in FLAGS.items()}
     origins = dict.fromkeys(FLAGS, "default")
@@ -114,6 +113,19 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     _check(values, origins)
     kept = {name: value for name, value in values.items() if name not in _ABOUT_CALL}
     return Options(_resolved(kept), {name: origins[name] for name in kept})
+
+
+def _automatic(chosen: list[Layer], typed: Layer) -> list[Layer]:
+    """What the choice of a method and of a prior brings along."""
+    method, pixels = _last("distill", chosen, typed), _last("IF", chosen, typed)
+    layers = [_read_config(CONFIGS / "distill" / "published.yaml", section=method)]
+    if _last("hf_key", chosen, typed) is None and (pixels or _last("sd_version", chosen, typed) == "embedded"):
+        layers += [_read_config(CONFIGS / "embedded.yaml")]
+        layers += [_read_config(CONFIGS / "embedded-if.yaml")] if pixels else []
+        layers += [_read_config(CONFIGS / "distill" / "embedded.yaml", section=method)]
+    if pixels:
+        layers += [("--IF", {"latent_iter_ratio": 0.0})]  # there are no latents for normals to stand for
+    return layers
 
 
 def parser() -> argparse.ArgumentParser:
@@ -214,8 +226,8 @@ def _read_flag_file(path: Path) -> list[Layer]:
     return [*sources, typed]
 
 
-def _read_config(path: Path, hint: str = "") -> Layer:
-    """A YAML file of flag values, all of them known and in range."""
+def _read_config(path: Path, hint: str = "", section: str | None = None) -> Layer:
+    """A YAML file of flag values, all of them known and in range; or what it has under the name `section`, if anything."""
     import yaml
 
     shown = _shown(path)
@@ -228,6 +240,8 @@ def _read_config(path: Path, hint: str = "") -> Layer:
         content = {}
     if not isinstance(content, dict):
         raise UserError(f"{shown}: expected lines such as `iters: 1000`, found a {type(content).__name__}{hint}")
+    if section is not None:
+        content, shown = content.get(section) or {}, f"{shown} {section}"
     values = {}
     for key, value in content.items():
         name = str(key)
@@ -339,6 +353,12 @@ def _check(values: dict[str, Any], origins: dict[str, str]) -> None:
         refuse("background", "must be random, mlp, white, black or a colour such as #80a0ff")
     if background == "mlp" and values["bg_radius"] <= 0 and origins["background"] != "default" and not evaluate:
         refuse("background", f"needs a background network: --bg_radius {show(values['bg_radius'])} must be above 0")
+    if values["batch_size"] % values["view_group"]:
+        refuse("view_group", f"--batch_size {values['batch_size']} must be a multiple of it")
+    if values["control"] != "none" and values["IF"]:
+        refuse("control", "goes with Stable Diffusion, not with --IF; leave one of them out")
+    if values["control_key"] and values["control"] == "none":
+        refuse("control_key", "say what it is to see: --control normal, depth or canny")
     if values["mesh_threshold"] != "auto":
         convert(_THRESHOLD, values["mesh_threshold"], _label("mesh_threshold", origins["mesh_threshold"]))
 

@@ -99,6 +99,11 @@ class Schedule:
         return f"{value:g}" if isinstance(value, float) else "[" + ", ".join(f"{item:g}" for item in value) + "]"
 
 
+def value_at(schedule, step: float) -> float:
+    """A schedule's value at a step; plain numbers stay as they are."""
+    return schedule(step) if callable(schedule) else float(schedule)
+
+
 def _number(item) -> float:
     """A finite float, also from text such as `1e-3` (which YAML takes for a string)."""
     if isinstance(item, bool) or item is None:

@@ -1,41 +1,96 @@
 """What a picture of the scene should have looked like, as a gradient on the picture: a frozen diffusion model's opinion."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from guidance.distillation import Distillation, SpecifyGradient
+from errors import UserError
+from guidance.distillation import Distillation, Settings, SpecifyGradient
+from guidance.prior import Hints, resize
 from guidance.prompt import PromptBank
-from guidance.stable_diffusion import StableDiffusion, resize
+from schedule import value_at
 
 __all__ = ["Guidance", "build_guidance"]
 
 
 def build_guidance(opt, device: torch.device | str) -> "Guidance":
     """The guidance that the options ask for. Raises UserError if the model cannot be had or does not know the prompt's words."""
-    from guidance.memory import save_memory
+    from guidance.embeddings import CachedEncoder
+    from guidance.memory import apply, precision, tiny_autoencoder
+    from guidance.methods import METHODS
+    from guidance.priors import load_prior, text_encoder
     from guidance.weights import resolve
 
-    prior = StableDiffusion.load(resolve(opt), device, half=opt.fp16)
-    prompts = PromptBank(
-        prior, opt.text, opt.negative, opt.view_words, opt.view_blend, opt.angle_front, opt.angle_overhead
-    )
-    prior.free_text_encoder()  # every wording is embedded by now
-    if opt.vram_O:
-        save_memory(prior)
+    source, dtype = resolve(opt), precision(opt, device)
+    encoder = CachedEncoder(text_encoder(source, device, dtype))
+    prompts = build_prompts(opt, encoder, device)
+    encoder.close()  # every wording is embedded by now: the text encoder never meets the denoiser
+    prior = load_prior(source, device, dtype, opt)
+    if opt.latent_iter_ratio > 0 and prior.latent_channels != 4:
+        raise UserError(
+            f"--latent_iter_ratio {opt.latent_iter_ratio:g}: normals and opacity cannot stand for this model's "
+            f"{prior.latent_channels} channels; use --latent_iter_ratio 0"
+        )
+    if opt.taesd:
+        tiny_autoencoder(opt, prior)
     generator = torch.Generator(prior.device)
     if opt.seed is None:
         generator.seed()
     else:
         generator.manual_seed(int(opt.seed) + 7919)  # not the numbers that cameras or weights are drawn from
-    return Guidance(prior, prompts, Distillation(prior, opt, generator))
+    method, adaptation = METHODS[opt.distill], None
+    if method.learns:
+        from guidance.lora import Adaptation
+
+        learning = torch.Generator(prior.device).manual_seed(generator.initial_seed() + 2)
+        adaptation = Adaptation(prior, opt.lora_rank, opt.lora_lr, learning)
+    apply(prior, opt)
+    distillation = Distillation(prior, Settings.of(opt), generator, method, adaptation)
+    clip = None
+    if opt.lambda_clip.max() > 0:
+        from guidance.clip import build_clip
+
+        clip = build_clip(opt, prompts, device, dtype)
+    return Guidance(prior, prompts, distillation, opt.lambda_image, clip, opt.lambda_clip)
+
+
+def build_prompts(opt, encoder, device: torch.device | str) -> PromptBank:
+    """Every wording of the prompt that the options need, embedded."""
+    from guidance.perpneg import PerpNeg
+
+    perpneg = PerpNeg(opt.negative_w, opt.front_decay_factor, opt.side_decay_factor) if opt.perpneg else None
+    debias = None
+    if opt.debias_prompt:
+        from guidance.debias import debiased
+
+        def debias(text: str, views: tuple[str, ...]) -> list[str]:
+            return debiased(text, views, opt.debias_model, device)
+
+    return PromptBank(
+        encoder,
+        opt.text,
+        opt.negative,
+        opt.view_words,
+        opt.view_blend,
+        opt.angle_front,
+        opt.angle_overhead,
+        source=opt.source if opt.distill == "bridge" else "",
+        perpneg=perpneg,
+        debias=debias,
+    )
 
 
 class Guidance:
     """Call it with a rendered picture; `loss.backward()` then puts the distillation gradient on the picture."""
 
-    def __init__(self, prior, prompts: PromptBank, distillation: Distillation):
+    def __init__(
+        self, prior, prompts: PromptBank, distillation: Distillation, lambda_image=0.0, clip=None, lambda_clip=0.0
+    ):
+        """lambda_image: weight of the image-space term; clip: a second opinion (clip.py) with weight lambda_clip; numbers or schedules."""
         self.prior, self.prompts, self.distillation = prior, prompts, distillation
+        self.lambda_image, self.clip, self.lambda_clip = lambda_image, clip, lambda_clip
 
     def __call__(
         self,
@@ -45,8 +100,9 @@ class Guidance:
         step: int,
         as_latent: bool = False,
         unit_range: bool = True,
+        hints: Hints | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The loss of a batch of pictures in [0, 1], seen from polar and azimuth (degrees).
+        """The loss of a batch of pictures in [0, 1], seen from polar and azimuth (degrees); hints: what else is known of them (prior.py).
 
         With as_latent the picture has as many channels as the latents and stands for them directly, without the encoder: if unit_range it
         is a picture in [0, 1] (normals and mask), stretched to [-1, 1]; otherwise its values are latents already (a scene that renders
@@ -58,20 +114,31 @@ class Guidance:
         Returns (loss, log): loss = 1/2 |g|^2 summed over a sample and averaged over the batch, g the gradient on the latents; it tells the
         gradient's size, not progress. The weight --lambda_guidance is the caller's. The log's values are scalars on the device.
         """
+        weight = 0.0 if as_latent else value_at(self.lambda_image, step)
         with torch.enable_grad(), torch.autocast(image.device.type, enabled=False):
             leaf = image.detach().float().requires_grad_()
             latents = self._latents(leaf, as_latent, unit_range)
-        condition = self.prompts.condition(polar, azimuth)
-        gradient, log = self.distillation.gradient(latents, condition, step)
+            picture = resize(leaf.permute(0, 3, 1, 2), self.prior.image_size) if weight > 0 else None
+        condition = self._condition(image, polar, azimuth, as_latent, hints)
+        gradient, log, draw = self.distillation.gradient(latents, condition, step)
+        outputs, gradients = [latents], [gradient]
+        if picture is not None:
+            outputs.append(picture)
+            gradients.append(weight * self._picture_gradient(picture.detach(), draw) / len(image))
         peak = (
-            gradient.abs().amax().clamp(min=1e-30)
+            torch.stack([g.abs().amax() for g in gradients]).amax().clamp(min=1e-30)
         )  # a unit-sized gradient neither overflows nor vanishes in half precision
-        (pulled,) = torch.autograd.grad(latents, leaf, gradient / peak)
+        (pulled,) = torch.autograd.grad(outputs, leaf, [g / peak for g in gradients])
         pulled = pulled * peak
         log["nonfinite"] = log["nonfinite"] + (~torch.isfinite(pulled)).sum()
         pulled = torch.nan_to_num(pulled, nan=0.0, posinf=0.0, neginf=0.0)
         value = 0.5 * len(image) * gradient.square().sum()
-        return SpecifyGradient.apply(image, pulled, value), log
+        loss = SpecifyGradient.apply(image, pulled, value)
+        if self.clip is not None and not as_latent and (share := value_at(self.lambda_clip, step)) > 0:
+            opinion = self.clip(image, polar, azimuth)
+            log["clip"] = opinion.detach()
+            loss = loss + share * opinion
+        return loss, log
 
     @torch.no_grad()
     def debug_images(
@@ -82,32 +149,41 @@ class Guidance:
         step: int,
         as_latent: bool = False,
         unit_range: bool = True,
+        hints: Hints | None = None,
     ) -> Float[Tensor, "B S W3 3"]:
         """What the next call with this picture will do, for looking at, side by side: the render, its noised latents decoded, and
-        the method's one-step estimate of the clean picture decoded, z_0 = (z_t - sigma eps) / signal. Leaves the random numbers as
+        the guided one-step estimate of the clean picture decoded, z_0 = (z_t - sigma eps) / signal. Leaves the random numbers as
         they were.
         """
-        state = self.generator_state()
+        state = self.distillation.generator.get_state()
         try:
             latents = self._latents(image.float(), as_latent, unit_range)
-            draw = self.distillation.draw(latents, self.prompts.condition(polar, azimuth), step)
+            condition = self._condition(image, polar, azimuth, as_latent, hints)
+            draw = self.distillation.draw(latents, condition, step)
         finally:
-            self.load_generator_state(state)
-        eps = self.distillation.method.target(draw)
-        clean = (draw.noisy - draw.sigma * eps) / draw.signal.clamp(
-            min=1e-3
-        )  # pure noise says nothing about the picture
-        noised, estimate = self.prior.decode(draw.noisy), self.prior.decode(clean)
+            self.distillation.generator.set_state(state)
+        noised = self.prior.decode(draw.noisy)
+        estimate = self.prior.decode(draw.clean(draw.noisy, draw.guided(), draw.t))
         render = self.prior.decode(draw.latents) if as_latent else resize(image.permute(0, 3, 1, 2), noised.shape[-1])
         return torch.cat([render, noised, estimate], dim=-1).permute(0, 2, 3, 1)
 
-    def generator_state(self) -> Tensor:
-        """The state of the generator of noise and timesteps, for the checkpoint."""
-        return self.distillation.generator.get_state()
+    def state(self) -> dict[str, Any]:
+        """What the future depends on, for the checkpoint: the generator of noise and timesteps, and what an adaptation has learned."""
+        return self.distillation.state()
 
-    def load_generator_state(self, state: Tensor) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from a saved state."""
-        self.distillation.generator.set_state(state.cpu())
+        self.distillation.load_state(state)
+
+    @torch.no_grad()
+    def _picture_gradient(self, picture: Float[Tensor, "B 3 h w"], draw) -> Float[Tensor, "B 3 h w"]:
+        """w(t) (x - D(z_0)) signal / sigma: the same opinion in terms of the decoded picture (HiFA, Zhu et al. 2024, equation 6)."""
+        estimate = self.prior.decode(draw.clean(draw.noisy, draw.guided(), draw.t))
+        return self.distillation.weight(draw) * draw.signal / draw.sigma * (picture - estimate)
+
+    def _condition(self, image: Tensor, polar: Tensor, azimuth: Tensor, as_latent: bool, hints: Hints | None):
+        known = {} if as_latent else {"picture": image.detach().float()}
+        return self.prompts.condition(polar, azimuth, {**known, **(hints or {})})
 
     def _latents(self, image: Float[Tensor, "B H W C"], as_latent: bool, unit_range: bool) -> Float[Tensor, "B c k k"]:
         picture = image.permute(0, 3, 1, 2)

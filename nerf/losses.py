@@ -70,6 +70,21 @@ def center_of_mass(render: Render) -> Float[Tensor, ""]:
     return (across**2).sum(-1).mean()
 
 
+def z_variance(render: Render) -> Float[Tensor, ""]:
+    """Along a ray the surface is thin: sum_i v_i (z_i - mean z)^2 with v_i = w_i / sum w, mean over the rays that are more than half
+    covered (HiFA, Zhu et al. 2024, equation 8; with normalised weights, else emptying the ray would do)."""
+    ray = ray_of_sample(render.rays, len(render.weights))
+    total = render.alpha.reshape(-1)
+    share = render.weights / total.clamp(min=1e-5)[ray]
+    z = (render.positions * render.directions).sum(
+        -1
+    )  # from the camera up to a constant of the ray, which no variance sees
+    mean = torch.zeros_like(total).index_add(0, ray, share * z)
+    variance = torch.zeros_like(total).index_add(0, ray, share * (z - mean[ray]) ** 2)
+    covered = (total.detach() > 0.5).float()
+    return (variance * covered).sum() / covered.sum().clamp(min=1)
+
+
 def regularisers(opt: Any, step: int, scene: nn.Module, render: Render) -> dict[str, Float[Tensor, ""]]:
     """The weighted losses that are active at this step, by name; add them to the guidance's.
 
@@ -82,6 +97,7 @@ def regularisers(opt: Any, step: int, scene: nn.Module, render: Render) -> dict[
         "orient": (opt.lambda_orient, seen, orientation),
         "2d_normal_smooth": (opt.lambda_2d_normal_smooth, seen, normal_smooth_2d),
         "3d_normal_smooth": (opt.lambda_3d_normal_smooth, seen, lambda r: normal_smooth_3d(r, scene)),
+        "zvar": (opt.lambda_zvar, True, z_variance),
         "center": (opt.lambda_center, True, center_of_mass),
     }
     active = {name: (weight(step), loss) for name, (weight, possible, loss) in table.items() if possible}

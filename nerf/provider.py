@@ -152,34 +152,41 @@ def random_cameras(opt: Any, batch: int, step: int, generator: torch.Generator) 
     """`batch` cameras of opt.h x opt.w pixels, every quantity drawn for each of them; on the generator's device.
 
     Angles are uniform in their ranges; with probability `uniform_sphere_rate` the direction is uniform on the upper
-    half sphere instead. `--jitter_pose` moves the camera (uniform, full width `jitter_center`), the point it looks at and
-    its up vector (Gaussian, `jitter_target`, `jitter_up`); the angles and the radius are those of the moved camera.
+    half sphere instead. With `--view_group` V all this is drawn for the first of every V consecutive cameras; the others
+    have its polar angle, radius and field of view and follow at steps of 360 / V degrees of azimuth, whatever its range.
+    `--jitter_pose` moves each camera (uniform, full width `jitter_center`), the point it looks at and its up vector
+    (Gaussian, `jitter_target`, `jitter_up`); the angles and the radius are those of the moved camera.
     """
     device = generator.device
     low_high = view_ranges(opt, step)
+    if batch % opt.view_group:
+        raise ValueError(f"{batch} cameras are no whole groups of {opt.view_group}")
+    groups = batch // opt.view_group
 
     def uniform(name: str) -> Tensor:
         low, high = low_high[name]
-        return low + (high - low) * torch.rand(batch, generator=generator, device=device)
+        return low + (high - low) * torch.rand(groups, generator=generator, device=device)
 
-    def gauss() -> Tensor:
-        return torch.randn(batch, 3, generator=generator, device=device)
+    def gauss(count: int) -> Tensor:
+        return torch.randn(count, 3, generator=generator, device=device)
 
     radius, polar, azimuth, fovy = uniform("radius"), uniform("polar"), uniform("azimuth"), uniform("fovy")
     if opt.uniform_sphere_rate > 0:
-        draw = gauss()
+        draw = gauss(groups)
         draw[:, 1] = draw[:, 1].abs()
-        anywhere = torch.rand(batch, generator=generator, device=device) < opt.uniform_sphere_rate
+        anywhere = torch.rand(groups, generator=generator, device=device) < opt.uniform_sphere_rate
         polar_any, azimuth_any, _ = sphere_angles(draw)
         polar, azimuth = torch.where(anywhere, polar_any, polar), torch.where(anywhere, azimuth_any, azimuth)
+    radius, polar, azimuth, fovy = (x.repeat_interleave(opt.view_group) for x in (radius, polar, azimuth, fovy))
+    azimuth = azimuth + torch.arange(opt.view_group, device=device).repeat(groups) * (360 / opt.view_group)
     if not opt.jitter_pose:
         return orbit(polar, azimuth, radius, fovy, opt.h, opt.w)
 
     shift = (torch.rand(batch, 3, generator=generator, device=device) - 0.5) * opt.jitter_center
-    target = gauss() * opt.jitter_target
+    target = gauss(batch) * opt.jitter_target
     position = radius[:, None] * sphere_point(polar, azimuth) + shift
     look_polar, look_azimuth, _ = sphere_angles(position - target)
-    upward = _upward(look_polar, look_azimuth) + gauss() * opt.jitter_up
+    upward = _upward(look_polar, look_azimuth) + gauss(batch) * opt.jitter_up
     polar, azimuth, radius = sphere_angles(position)
     return Cameras(_look_at(position, target, upward), fovy, polar, azimuth, radius, opt.h, opt.w)
 

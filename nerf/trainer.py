@@ -1,11 +1,13 @@
 """The loop: cameras -> light and shading -> background -> render -> guidance and regularisers -> backward -> optimizer -> average.
 
 It knows no method: the scene and the guidance meet here as tensors. Generators, one per purpose: `cameras` (cameras and lights), `shading`
-(ambient, texture, background; both on the CPU) and `render` (jitter and occupancy, on the device).
+(ambient, texture, background; both on the CPU) and `render` (jitter and occupancy, on the device); with several particles `particles` (whose
+turn it is).
 """
 
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from nerf.guard import Guard
 from nerf.interrupt import TERMINATED, Interrupts
 from nerf.losses import regularise_gradients, regularisers
 from nerf.metrics import Metrics
+from nerf.particles import each
 from nerf.progress import Bar, Log
+from nerf.renderer import Render
 from nerf.view import View, draw_view
 from optimizer import build_optimizer, learning_rate_factor
 
@@ -40,13 +44,16 @@ class Trainer:
         self.optimizer = build_optimizer(opt, self.scene.parameter_groups(opt.lr.max()))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.rate_factor = learning_rate_factor(opt)
-        self.average = MovingAverage(self.scene, opt.ema_decay)
+        # Of N particles each moves every N-th step: the average goes back over as many steps of its own.
+        self.average = MovingAverage(self.scene, opt.ema_decay ** (1 / opt.particles))
         self.guard = Guard(self.scene, self.optimizer, self.average, self.log)
         self.half = bool(opt.fp16) and self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.half)
         self.metrics = Metrics(self.workspace / "run")
         self.interrupts = Interrupts()
         places = {"cameras": "cpu", "shading": "cpu", "render": self.device}
+        if opt.particles > 1:
+            places["particles"] = "cpu"
         self.generators = {
             name: torch.Generator(place).manual_seed(zlib.crc32(f"{opt.seed} {name}".encode()))
             for name, place in places.items()
@@ -108,21 +115,31 @@ class Trainer:
     def _train_step(self) -> None:
         """One step. The device is waited for once, to learn whether the gradient is finite (as a gradient scaler would)."""
         opt, step = self.opt, self.step
+        turn = self.scene.take_turn(self.generators["particles"]) if opt.particles > 1 else step
         self.scene.train()
         self.scene.set_progress(step / opt.iters)
-        if opt.cuda_ray and step % opt.update_extra_interval == 0:
-            self.scene.update_occupancy(step, self.generators["render"])
+        if opt.cuda_ray and turn % opt.update_extra_interval == 0:
+            self.scene.update_occupancy(turn, self.generators["render"])
         network = getattr(self.scene, "background_network", None) is not None
         view = draw_view(opt, step, self.generators, self.scene.channels, network).to(self.device)
         with torch.autocast(self.device.type, torch.float16, enabled=self.half):
             render = self.scene.render(
-                view.cameras, view.shading, view.light, view.ambient, view.background, step, self.generators["render"]
+                view.cameras,
+                view.shading,
+                view.light,
+                view.ambient,
+                view.background,
+                step,
+                self.generators["render"],
+                normals=True if opt.control == "normal" else None,
             )
             image = torch.cat([render.image, render.alpha], -1) if view.as_latent else render.image
             image = _limit_gradient(image, opt.grad_clip_rgb, self.scaler)
             if opt.save_guidance and step % opt.save_guidance_interval == 0:
-                self._save_guidance(image, view, step)
-            guided, log = self.guidance(image, view.cameras.polar, view.cameras.azimuth, step, as_latent=view.as_latent)
+                self._save_guidance(image, view, render, step)
+            guided, log = self.guidance(
+                image, view.cameras.polar, view.cameras.azimuth, step, as_latent=view.as_latent, hints=_hints(render)
+            )
             terms = {"guidance": opt.lambda_guidance(step) * guided, **regularisers(opt, step, self.scene, render)}
             loss = torch.stack([term.float() for term in terms.values()]).sum()
 
@@ -171,9 +188,11 @@ class Trainer:
         shown = {"loss": "loss/total", "gradient": "guidance/grad_norm", "alpha": "alpha/mean"}
         bar.update(self.step, "  ".join(f"{k} {means[name]:.3g}" for k, name in shown.items() if name in means))
 
-    def _save_guidance(self, image: Tensor, view: View, step: int) -> None:
+    def _save_guidance(self, image: Tensor, view: View, render: Render, step: int) -> None:
         cameras = view.cameras
-        pictures = self.guidance.debug_images(image.detach(), cameras.polar, cameras.azimuth, step, view.as_latent)
+        pictures = self.guidance.debug_images(
+            image.detach(), cameras.polar, cameras.azimuth, step, view.as_latent, hints=_hints(render)
+        )
         path = make_folder(self.workspace / "guidance") / f"step_{step:07d}.png"
         media.save_png(path, media.sheet(media.pixels(pictures), columns=1))
 
@@ -197,7 +216,7 @@ class Trainer:
         if self.device.type == "cuda":
             state["cuda_random"] = torch.cuda.get_rng_state(self.device)
         if self.guidance is not None:
-            state["guidance_random"] = self.guidance.generator_state()
+            state["guidance"] = self.guidance.state()
         return state
 
     def save(self, final: bool = False) -> Path:
@@ -241,8 +260,8 @@ class Trainer:
         torch.set_rng_state(state["torch_random"])
         if self.device.type == "cuda" and "cuda_random" in state:
             torch.cuda.set_rng_state(state["cuda_random"], self.device)
-        if "guidance_random" in state:
-            _set_random(self.guidance.load_generator_state, state["guidance_random"])
+        if "guidance" in state:
+            self.guidance.load_state(state["guidance"])
 
     def _ready(self) -> None:
         if not self._loaded:
@@ -277,21 +296,25 @@ class Trainer:
     def validate(self) -> list[Path]:
         """Pictures from all around into validation/."""
         with self.showing("validation") as scene:
-            return results.validation(
-                scene, self.opt, self.workspace / "validation", self.step, lambda: self.interrupts.terminate
-            )
+            folder, paths = self.workspace / "validation", []
+            for one, name in each(scene):
+                paths += results.validation(one, self.opt, folder / name, self.step, lambda: self.interrupts.terminate)
+            return paths
 
     def _turntable(self) -> list[Path]:
-        with self.showing("video") as scene:
-            return results.turntable_videos(scene, self.opt, self.workspace / "results", self.step)
+        return self._results(results.turntable_videos)
 
     def test(self) -> list[Path]:
         """The turntable videos, or with --six_views six pictures, into results/."""
         with self.interrupts.watch(training=False):
-            if not self.opt.six_views:
-                return self._turntable()
-            with self.showing("video") as scene:
-                return results.six_pictures(scene, self.opt, self.workspace / "results", self.step)
+            return self._results(results.six_pictures) if self.opt.six_views else self._turntable()
+
+    def _results(self, make: Callable[..., list[Path]]) -> list[Path]:
+        with self.showing("video") as scene:
+            folder, paths = self.workspace / "results", []
+            for one, name in each(scene):
+                paths += make(one, self.opt, folder / name, self.step)
+            return paths
 
     def export_mesh(self) -> list[Path]:
         """mesh/mesh.obj and mesh/mesh.glb; an empty list, with a line said, if the scene is empty."""
@@ -299,12 +322,16 @@ class Trainer:
 
         with self.interrupts.watch(training=False):
             with self.showing("mesh") as scene:
-                found = results.extract_mesh(scene, self.opt, self.step, self.log)
-                if found is None:
-                    return []
-                surface, measured = found
-                self.metrics.record(self.step, measured)
-                return export(surface, self.workspace / "mesh", self.opt.text or "")
+                paths = []
+                for one, name in each(scene):
+                    if name:
+                        self.log(f"{name}:")
+                    found = results.extract_mesh(one, self.opt, self.step, self.log)
+                    if found is not None:
+                        surface, measured = found
+                        self.metrics.record(self.step, {f"{name}/{key}".strip("/"): v for key, v in measured.items()})
+                        paths += export(surface, self.workspace / "mesh" / name, self.opt.text or "")
+                return paths
 
     def report(self) -> Path:
         """report.html, from what lies in the workspace; then say where everything is."""
@@ -327,6 +354,7 @@ class Trainer:
         places = {
             "report": [report],
             "video": sorted((self.workspace / "results").glob(f"{step}_*.mp4")),
+            "particles": sorted((self.workspace / "results").glob("particle_*"))[: self.opt.particles - 1],
             "pictures": sorted((self.workspace / "results").glob(f"{step}_*.png"))[:1],
             "mesh": sorted((self.workspace / "mesh").glob("mesh.*")),
             "checkpoint": checkpoint.newest_first(self.checkpoints)[:1],
@@ -339,6 +367,12 @@ class Trainer:
 
 def _due(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
+
+
+def _hints(render: Render) -> dict[str, Tensor]:
+    """What the guidance may know of the pictures besides their colours, without gradients."""
+    known = {"c2w": render.cameras.c2w, "alpha": render.alpha, "depth": render.depth, "normal": render.normal}
+    return {name: value.detach().float() for name, value in known.items() if value is not None}
 
 
 def _set_random(put: Any, state: Tensor) -> None:

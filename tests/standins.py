@@ -94,7 +94,7 @@ class BallGuidance:
         inside = (nearest.norm(dim=-1, keepdim=True) < self.radius).float()
         return inside * torch.tensor(RED) + (1 - inside), inside
 
-    def __call__(self, image, polar, azimuth, step, as_latent=False):
+    def __call__(self, image, polar, azimuth, step, as_latent=False, hints=None):
         self.calls += 1
         target, inside = self.target(polar, azimuth, *image.shape[1:3])
         if as_latent:
@@ -105,8 +105,8 @@ class BallGuidance:
             loss = loss * float("nan")
         return loss, {"grad_norm": loss.detach(), "nonfinite": torch.zeros(())}
 
-    def generator_state(self):
-        return self.generator.get_state()
+    def state(self):
+        return {"generator": self.generator.get_state()}
 
-    def load_generator_state(self, state):
-        self.generator.set_state(state)
+    def load_state(self, state):
+        self.generator.set_state(state["generator"])

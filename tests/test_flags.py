@@ -1,7 +1,7 @@
 """The table of flags: names, defaults, help."""
 
 from flags import FLAGS, GROUPS, PRESETS, convert
-from options import EMBEDDED, ROOT, parse, parser
+from options import CONFIGS, ROOT, parse, parser
 
 TEXT = ("--text", "a hamburger")
 
@@ -61,6 +61,6 @@ def test_the_names_of_stable_dreamfusion_are_kept():
 
 def test_every_config_of_this_repository_is_valid():
     configs = sorted((ROOT / "configs").glob("*.yaml"))
-    assert EMBEDDED in configs
+    assert (CONFIGS / "embedded.yaml") in configs
     for path in configs:
         parse([*TEXT, "--config", str(path)])

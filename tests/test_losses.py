@@ -17,11 +17,12 @@ from nerf.losses import (
     orientation,
     regularise_gradients,
     regularisers,
+    z_variance,
 )
 from nerf.provider import orbit
 from nerf.renderer import Render
 
-NAMES = ("entropy", "opacity", "orient", "2d_normal_smooth", "3d_normal_smooth", "center", "tv", "wd")
+NAMES = ("entropy", "opacity", "orient", "2d_normal_smooth", "3d_normal_smooth", "zvar", "center", "tv", "wd")
 
 
 def picture(weights, rays, height, width, **values):
@@ -59,6 +60,21 @@ def test_opacity():
     assert math.isclose(
         float(opacity(picture([0.5, 0.25, 0.2], [[0, 2], [2, 1]], 1, 2))), (0.75**2 + 0.2**2) / 2, rel_tol=1e-6
     )
+
+
+def test_z_variance():
+    """Two samples of weights 0.6 and 0.2 at depths 1 and 2: shares 3/4 and 1/4, variance 3/16; a ray less than half covered does not
+    count, nor does the height above the ray."""
+    positions = [[0.0, 0.0, -1.0], [0.3, 0.0, -2.0], [0.0, 0.0, 0.0], [0.0, 0.0, -9.0]]
+    directions = torch.tensor([[0.0, 0.0, -1.0]]).expand(4, 3)
+    render = picture([0.6, 0.2, 0.1, 0.3], [[0, 2], [2, 2]], 1, 2, positions=positions, directions=directions)
+    weights = render.weights.clone().requires_grad_()
+    loss = z_variance(replace(render, weights=weights))
+    assert math.isclose(loss.item(), 3 / 16, rel_tol=1e-5)
+    loss.backward()
+    assert weights.grad[1] > 0 and torch.equal(weights.grad[2:], torch.zeros(2))
+    thin = picture([0.1, 0.1], [[0, 2]], 1, 1, positions=positions[:2], directions=directions[:2])
+    assert float(z_variance(thin)) == 0
 
 
 def test_orientation():

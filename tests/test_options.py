@@ -9,10 +9,11 @@ import yaml
 
 from errors import UserError
 from flags import FLAGS, PRESETS
-from options import EMBEDDED, Options, parse
+from options import CONFIGS, Options, parse
 from schedule import Schedule
 
 TEXT = ("--text", "a hamburger")
+EMBEDDED = CONFIGS / "embedded.yaml"
 PRESET = yaml.safe_load(EMBEDDED.read_text())
 
 
@@ -236,7 +237,18 @@ def test_the_saved_file_tells_where_values_come_from_and_is_whole(tmp_path):
 def test_every_value_survives_saving(tmp_path):
     argv = [*TEXT]
     samples = {"int": "17", "float": "0.75", "schedule": "[0, 0.5, 0.75, 9]", "text": '\'tis #1: "x"'}
-    special = {"text", "workspace", "config", "file", "background", "mesh_threshold", "ckpt", "min_near"}
+    special = {
+        "text",
+        "workspace",
+        "config",
+        "file",
+        "background",
+        "mesh_threshold",
+        "ckpt",
+        "min_near",
+        "negative_w",
+        "IF",
+    }
     for name, flag in FLAGS.items():
         if name in special or flag.kind not in (*samples, "choice", "flag") or name in (*PRESETS, "test", "six_views"):
             continue
@@ -343,3 +355,51 @@ def test_a_mistake_in_a_config_names_file_and_key(file, content, words):
 def test_a_mistake_in_a_file_of_flags_is_refused(file, content, words):
     line = refused(*TEXT, "--file", file("flags.txt", content))
     assert all(word in line for word in words), line
+
+
+# -- what a method and a prior bring along ---------------------------------------------------------------------------------
+
+
+def test_a_method_brings_its_published_settings_unless_they_are_typed():
+    opt = parse([*TEXT, "--sd_version", "1.5", "--distill", "ism"])
+    assert (opt.guidance_scale(0), opt.inversion_steps, opt.interval) == (7.5, 4, 0.05)
+    assert opt.origins["inversion_steps"] == "configs/distill/published.yaml ism"
+    assert parse([*TEXT, "--sd_version", "1.5", "--distill", "ism", "--inversion_steps", "2"]).inversion_steps == 2
+    assert parse([*TEXT, "--sd_version", "1.5"]).guidance_scale(0) == 100
+    bridge = parse([*TEXT, "--sd_version", "1.5", "--distill", "bridge", "--iters", "100"]).guidance_scale
+    assert (bridge(79), bridge(81)) == (100, 40)
+
+
+def test_the_embedded_models_go_before_the_published_settings():
+    opt = parse([*TEXT, "--distill", "bridge"])
+    assert opt.source == "" and opt.guidance_scale(0) < 10
+
+
+def test_every_method_s_settings_are_flags_of_known_methods():
+    from guidance.methods import METHODS
+
+    for name in ("published.yaml", "embedded.yaml"):
+        assert set(yaml.safe_load((CONFIGS / "distill" / name).read_text())) <= set(METHODS)
+    assert tuple(METHODS) == FLAGS["distill"].choices
+    for method in METHODS:
+        parse([*TEXT, "--distill", method])
+        parse([*TEXT, "--distill", method, "--sd_version", "1.5"])
+
+
+def test_pixels_have_no_latents_to_start_with():
+    assert parse([*TEXT, "--IF", "--hf_key", "DeepFloyd/IF-I-XL-v1.0"]).latent_iter_ratio == 0
+    assert parse([*TEXT, "--IF", "--hf_key", "a/b", "--latent_iter_ratio", "0.1"]).latent_iter_ratio == 0.1
+    assert parse([*TEXT, "--IF"]).iters == PRESET["iters"]  # tiny-if, with the embedded preset
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--view_group", "4", "--batch_size", "6"], "--batch_size 6 must be a multiple"),
+        (["--IF", "--control", "depth"], "not with --IF"),
+        (["--control_key", "x/y"], "--control normal, depth or canny"),
+    ],
+)
+def test_what_does_not_go_together(words, reason):
+    with pytest.raises(UserError, match=reason):
+        parse([*TEXT, *words])

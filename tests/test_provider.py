@@ -27,6 +27,7 @@ def options(**changes):
         "progressive_view": False,
         "progressive_view_init_ratio": 0.2,
         "iters": 1000,
+        "view_group": 1,
         "h": 48,
         "w": 64,
     }
@@ -148,6 +149,66 @@ def test_uniform_sphere():
     assert height.min() >= 0 and abs(height.mean() - 0.5) < 0.03  # uniform on a half sphere: heights are uniform
     mixed = random_cameras(options(uniform_sphere_rate=0.25, theta_range=(90, 90)), 2000, 0, seeded())
     assert abs((mixed.polar != 90).float().mean() - 0.25) < 0.04
+
+
+@pytest.mark.parametrize("jitter", (False, True))
+@pytest.mark.parametrize("rate", (0.0, 0.5))
+def test_without_groups_the_random_numbers_come_in_the_old_order(jitter, rate):
+    """Radius, polar, azimuth, field of view, [direction, its lot], [shift, target, up]: the same cameras for a seed, for ever."""
+    opt, again = options(jitter_pose=jitter, uniform_sphere_rate=rate), seeded(5)
+    cameras = random_cameras(opt, 6, 0, seeded(5))
+    ranges = opt.radius_range, opt.theta_range, opt.phi_range, opt.fovy_range
+    radius, polar, azimuth, fovy = (low + (high - low) * torch.rand(6, generator=again) for low, high in ranges)
+    if rate:
+        anywhere = torch.randn(6, 3, generator=again)
+        anywhere[:, 1] = anywhere[:, 1].abs()
+        lot = torch.rand(6, generator=again) < rate
+        polar = torch.where(lot, sphere_angles(anywhere)[0], polar)
+        azimuth = torch.where(lot, sphere_angles(anywhere)[1], azimuth)
+    plain = orbit(polar, azimuth, radius, fovy, 48, 64)
+    assert torch.equal(cameras.fovy, fovy)
+    if not jitter:
+        assert torch.equal(cameras.c2w, plain.c2w) and torch.equal(cameras.azimuth, plain.azimuth)
+        return
+    shift = (torch.rand(6, 3, generator=again) - 0.5) * opt.jitter_center
+    target, up = (torch.randn(6, 3, generator=again) * size for size in (opt.jitter_target, opt.jitter_up))
+    assert torch.equal(cameras.position, plain.position + shift)
+    sight = target - cameras.position
+    assert torch.allclose(-cameras.c2w[:, :3, 2], sight / sight.norm(dim=-1, keepdim=True), atol=1e-6)
+    right = torch.linalg.cross(sight, orbit(*sphere_angles(-sight)[:2], 1.0, 20.0, 4, 4).c2w[:, :3, 1] + up)
+    assert torch.allclose(cameras.c2w[:, :3, 0], right / right.norm(dim=-1, keepdim=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", (0.0, 1.0))
+def test_the_views_of_a_group_stand_evenly_around(rate):
+    opt = options(view_group=4, phi_range=(10.0, 20.0), uniform_sphere_rate=rate)
+    cameras = random_cameras(opt, 12, 0, seeded(2))
+    for name in ("polar", "radius", "fovy"):
+        value = getattr(cameras, name).view(3, 4)
+        assert torch.equal(value, value[:, :1].expand(3, 4)), name
+        assert len(value[:, 0].unique()) == 3, name
+    azimuth = cameras.azimuth.view(3, 4)
+    assert torch.allclose(torch.remainder(azimuth.diff(dim=1), 360), torch.full((3, 3), 90.0), atol=1e-3)
+    assert (cameras.azimuth > -180).all() and (cameras.azimuth <= 180).all()
+    if not rate:
+        assert (azimuth[:, 0] >= 10).all() and (azimuth[:, 0] <= 20).all()
+    assert torch.allclose(sphere_angles(cameras.position)[1], cameras.azimuth, atol=1e-3)
+    alone = random_cameras(options(phi_range=(10.0, 20.0), uniform_sphere_rate=rate), 3, 0, seeded(2))
+    assert torch.equal(cameras.c2w[::4], alone.c2w)  # a group takes the random numbers of one camera
+
+
+def test_jitter_moves_each_view_of_a_group_by_itself():
+    plain, shaken = (random_cameras(options(view_group=2, jitter_pose=on), 4, 0, seeded(3)) for on in (False, True))
+    moved = shaken.position - plain.position
+    assert moved.abs().max() <= 0.1 + 1e-5 and (moved[0] - moved[1]).abs().max() > 0.01
+    aimed = random_cameras(options(view_group=2, jitter_pose=True, jitter_center=0.0, jitter_up=0.0), 2, 0, seeded(3))
+    (one, other), (sight, second) = aimed.position, aimed.c2w[:, :3, 2]
+    across = torch.linalg.cross(sight, second)
+    assert (
+        (one - other) @ across
+    ).abs() / across.norm() > 0.02  # the two lines of sight do not meet: each has its target
+    with pytest.raises(ValueError, match="5 cameras are no whole groups of 2"):
+        random_cameras(options(view_group=2), 5, 0, seeded())
 
 
 def test_progressive_view():

@@ -320,9 +320,9 @@ def test_warm_up_hands_normals_and_mask_over_as_latents(trainer):
     shapes = []
     inner = run.guidance.__class__.__call__
 
-    def call(self, image, *rest, as_latent=False):
+    def call(self, image, *rest, as_latent=False, hints=None):
         shapes.append((image.shape[-1], as_latent))
-        return inner(self, image, *rest, as_latent=as_latent)
+        return inner(self, image, *rest, as_latent=as_latent, hints=hints)
 
     run.guidance.__class__ = type("Listening", (run.guidance.__class__,), {"__call__": call})
     run.train()

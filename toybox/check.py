@@ -24,12 +24,13 @@ def sample(prior, condition, steps: int, scale: float, generator: torch.Generato
     z = torch.randn(count, prior.latent_channels, prior.latent_size, prior.latent_size, generator=generator)
     times = torch.linspace(prior.num_timesteps - 1, 0, steps + 1).round().long()
     for now, then in zip(times[:-1], times[1:], strict=True):
-        a, b = prior.alphas_cumprod[now], prior.alphas_cumprod[then]
-        eps_negative, eps_text = (
-            prior.predict(z, now.expand(count), embedding) for embedding in (condition.negative, condition.text)
-        )
+        eps_negative, eps_text = prior.ask(z, now.expand(count), [condition.negative, condition.text])
         eps = eps_negative + scale * (eps_text - eps_negative)
-        z = b.sqrt() * (z - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
+        clean = (z - prior.sigma[now] * eps) / prior.signal[now].clamp(min=1e-3)
+        if prior.autoencoder is None:  # else strong guidance burns the colors out
+            clean = clean.clamp(-1, 1)
+            eps = (z - prior.signal[now] * clean) / prior.sigma[now]
+        z = prior.signal[then] * clean + prior.sigma[then] * eps
     return prior.decode(z)
 
 
@@ -59,17 +60,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    from guidance.stable_diffusion import StableDiffusion
+    from guidance.priors import load_prior, text_encoder
     from guidance.weights import resolve
 
-    prior = StableDiffusion.load(resolve(SimpleNamespace(hf_key=str(args.model))), "cpu")
+    source = resolve(SimpleNamespace(hf_key=str(args.model), IF=False))
+    prior, encoder = load_prior(source, "cpu"), text_encoder(source, "cpu")
     generator = torch.Generator().manual_seed(args.seed)
     prompts = PROMPTS[: args.prompts]
     judge = Judge(list(dict.fromkeys([*PROMPTS, *JANUS]))) if (MODELS / "tiny-clip").exists() else None
     azimuth = torch.arange(-135.0, 181.0, 45.0)
     rows, right, known = [], [], []
     for prompt in prompts:
-        bank = PromptBank(prior, prompt, "", args.view_words, angle_overhead=ANGLE_OVERHEAD)
+        bank = PromptBank(encoder, prompt, "", args.view_words, angle_overhead=ANGLE_OVERHEAD)
         image = sample(
             prior, bank.condition(torch.full_like(azimuth, 80.0), azimuth), args.steps, args.scale, generator
         )

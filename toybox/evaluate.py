@@ -142,14 +142,21 @@ class Judge:
         return int((score > score[self.prompts.index(prompt)]).sum()) + 1
 
 
+def logged_times(workspace: Path) -> dict[str, float]:
+    """Seconds of each phase of the last run (training, validation, ...), by its own log."""
+    lines = [line for line in (workspace / "log.txt").read_text().splitlines() if "seconds: " in line]
+    phases = re.findall(r"([a-z ]+) ([0-9.]+)", lines[-1].split("seconds: ")[1]) if lines else []
+    return {name.strip(): float(number) for name, number in phases}
+
+
 def logged_seconds(workspace: Path) -> float:
     """What training and results took, by the run's own log."""
-    lines = [line for line in (workspace / "log.txt").read_text().splitlines() if "seconds: " in line]
-    return (
-        sum(float(number) for number in re.findall(r"[a-z ]+ ([0-9.]+)", lines[-1].split("seconds: ")[1]))
-        if lines
-        else 0.0
-    )
+    return sum(logged_times(workspace).values())
+
+
+def finished(workspace: Path) -> bool:
+    """Whether a run came to its end there."""
+    return any((workspace / "checkpoints").glob("step_*_final.pt"))
 
 
 def run(prompt: str, workspace: Path, extra: Sequence[str], one_thread: bool = False) -> None:
@@ -205,7 +212,7 @@ def main() -> None:
     def work(case: tuple[str, str, list[str]]) -> dict:
         prompt, name, flags = case
         workspace = args.folder / f"{prompt} {name}".strip().replace(" ", "_")
-        if not (args.reuse and any((workspace / "checkpoints").glob("step_*_final.pt"))):
+        if not (args.reuse and finished(workspace)):
             run(prompt, workspace, [*flags, *args.extra], args.jobs > 1)
         return {"prompt": prompt, "case": name, "seconds": logged_seconds(workspace), "workspace": workspace}
 

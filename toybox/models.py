@@ -5,11 +5,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from toybox.captions import CONTEXT, write_tokenizer
+from toybox.captions import CONTEXT, vocabulary, write_tokenizer
 
 MODELS = Path(__file__).parent / "models"
 SIZE = 64  # pixels a side, for every embedded model
 WIDTH = 128  # of the text embedding
+PIXELS = 32  # of tiny-if, which works on pictures themselves
+T5_WIDTH, T5_LENGTH = 64, 77  # DeepFloyd's pipeline pads every prompt to 77 tokens, whatever the tokenizer says
 
 
 def build_autoencoder() -> nn.Module:
@@ -127,5 +129,75 @@ def save_pipeline(folder: Path, unet: nn.Module, text_encoder: nn.Module, vae: n
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def build_t5() -> tuple[nn.Module, object]:
+    """A `T5EncoderModel` of one layer, and a `T5Tokenizer` whose every token is a whole word."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    words = [("\N{LOWER ONE EIGHTH BLOCK}" + word if word != "," else word, -1.0) for word in vocabulary()]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\N{LOWER ONE EIGHTH BLOCK}", -2.0)]
+    tokenizer = T5Tokenizer(vocab=special + words, extra_ids=0, model_max_length=T5_LENGTH)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=T5_WIDTH,
+        d_kv=T5_WIDTH // 4,
+        d_ff=2 * T5_WIDTH,
+        num_layers=1,
+        num_heads=4,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config._attn_implementation = "eager"  # trains faster than the fused one on a CPU
+    return T5EncoderModel(config), tokenizer
+
+
+def build_pixel_unet() -> nn.Module:
+    """The denoiser of tiny-if: like `build_unet`, one level more, on pictures of 32 x 32; three channels of output are for the variance."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=PIXELS,
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=(32, 64, 128, 192),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 4,
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("UpBlock2D",) * 4,
+        cross_attention_dim=T5_WIDTH,
+        encoder_hid_dim=T5_WIDTH,
+        encoder_hid_dim_type="text_proj",
+        attention_head_dim=4,  # the number of heads, whatever the name says
+        norm_num_groups=16,
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+    )
+
+
+def build_pixel_scheduler():
+    """DeepFloyd IF's noise schedule and learned variance, predicting v."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        variance_type="learned_range",
+        clip_sample=True,
+        prediction_type="v_prediction",
+    )
+
+
+def save_pixel_pipeline(folder: Path, unet: nn.Module, text_encoder: nn.Module) -> None:
+    """Write an `IFPipeline` folder in half precision."""
+    from diffusers import IFPipeline
+
+    unet, text_encoder = (module.to(torch.float16) for module in (unet, text_encoder))
+    pipeline = IFPipeline(
+        build_t5()[1], text_encoder, unet, build_pixel_scheduler(), None, None, None, requires_safety_checker=False
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
