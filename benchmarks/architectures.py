@@ -106,9 +106,11 @@ ARCHITECTURES = {
 
 def random_network(kind: type, config: dict[str, Any], device: str, dtype: torch.dtype) -> torch.nn.Module:
     """A network whose weights were never anywhere but on the device; cheap random numbers that keep activations at about their size."""
-    with torch.device("meta"):
-        network = kind(**config)
-    network = network.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    from guidance.weights import quiet
+
+    with quiet(), torch.device("meta"):
+        network = kind(**config).to(dtype)
+    network = network.to_empty(device=device).requires_grad_(False).eval()
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     norms = {id(p) for name, p in network.named_parameters() if p.ndim == 1 and name.endswith("weight")}
     for tensor in [*network.parameters(), *network.buffers()]:

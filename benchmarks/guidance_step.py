@@ -229,9 +229,7 @@ def _first_call(
     step: Callable[[], torch.Tensor], name: str, memory: Memory, case: Case
 ) -> tuple[float, int | None, int | None]:
     """(seconds, peak, floating-point operations: what is compiled cannot be counted); the result is checked."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = None if case.options["compile"] else FlopCounterMode(display=False)
+    counter = None if case.options["compile"] else _counter()
     memory.reset()
     with counter or nullcontext():
         seconds, result = _timed(step, case)
@@ -239,6 +237,24 @@ def _first_call(
     if not torch.isfinite(result).all():
         raise ValueError(f"{name} gives numbers that are not finite")
     return seconds, peak, counter and counter.get_total_flops()
+
+
+def _counter():
+    """Of floating-point operations, those of the CPU's fused attention included, which PyTorch's own counter passes over."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    def forward(query, key, value, *_, **__) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(gradient, query, key, value, *_, **__) -> int:
+        return sdpa_backward_flop_count(gradient, query, key, value)
+
+    operations = torch.ops.aten
+    mapping = {
+        operations._scaled_dot_product_flash_attention_for_cpu: forward,
+        operations._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 def _timed(step: Callable[[], torch.Tensor], case: Case) -> tuple[float, torch.Tensor]:

@@ -42,10 +42,11 @@ def build_guidance(opt, device: torch.device | str) -> "Guidance":
         generator.manual_seed(int(opt.seed) + 7919)  # not the numbers that cameras or weights are drawn from
     method, adaptation = METHODS[opt.distill], None
     if method.learns:
-        from guidance.lora import Adaptation
+        from guidance.lora import WARM_UP, Adaptation
 
         learning = torch.Generator(prior.device).manual_seed(generator.initial_seed() + 2)
-        adaptation = Adaptation(prior, opt.lora_rank, opt.lora_lr, learning)
+        warm_up = min(WARM_UP, opt.iters // 50)  # the same share of a short run as of a published one
+        adaptation = Adaptation(prior, opt.lora_rank, opt.lora_lr, learning, warm_up)
     apply(prior, opt)
     distillation = Distillation(prior, Settings.of(opt), generator, method, adaptation)
     clip = None

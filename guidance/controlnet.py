@@ -101,7 +101,7 @@ class ControlNet(StableDiffusion):
         scale = value_at(self.scale, self.step)
         if not scale:
             return super().denoise(noisy, t, embedding, hints)
-        noisy, embedding, control = (x.to(self.dtype) for x in (noisy, embedding, hints["control"]))
+        noisy, embedding, control = (x.to(self.dtype) for x in (noisy, embedding, self._seen(hints)["control"]))
         down, middle = self.controlnet(noisy, t, embedding, control, conditioning_scale=scale, return_dict=False)
         return self.denoiser(
             noisy, t, embedding, down_block_additional_residuals=down, mid_block_additional_residual=middle
@@ -111,9 +111,9 @@ class ControlNet(StableDiffusion):
         hints = hints or {}
         if not value_at(self.scale, self.step):
             return {}
-        return {
-            "control": hints["control"] if "control" in hints else control_picture(self.which, hints, self.control_size)
-        }
+        if "control" not in hints:
+            return {"control": control_picture(self.which, hints, self.control_size)}
+        return {"control": hints["control"]}
 
 
 @torch.no_grad()
@@ -124,7 +124,8 @@ def control_picture(which: str, hints: Hints, size: int) -> Float[Tensor, "B 3 k
       estimator and of ScanNet, on whose pictures the ControlNet was trained: x to the LEFT, y up, z towards the camera. (An OpenGL
       camera's normal with x negated.) The background is a wall that faces the camera, (0.5, 0.5, 1).
     - depth (hints depth, alpha): inverse distance, from `FARTHEST` at the farthest visible point of each picture to 1 at the nearest;
-      the background is 0. The hint is the sum of weight x distance: alpha is divided out.
+      the background is 0. The hint is the sum of weight x distance: alpha is divided out. Only where alpha > 1/2 is anything visible;
+      a scene that is fainter everywhere shows its alpha.
     - canny (hint picture): white edges on black, found at the size that is asked for.
     """
     if which == "normal":
@@ -141,7 +142,7 @@ def control_picture(which: str, hints: Hints, size: int) -> Float[Tensor, "B 3 k
         high, low = (end(torch.where(solid, inverse, lost), (1, 2, 3), True) for lost, end in ends.values())
         share = ((inverse - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
         share = torch.where(high > low, share, torch.ones_like(share))  # or all is at one distance
-        grey = alpha.clamp(0, 1) * (FARTHEST + (1 - FARTHEST) * share) * solid.any((1, 2, 3), True)
+        grey = alpha.clamp(0, 1) * (FARTHEST + (1 - FARTHEST) * share)
         return resize(grey.permute(0, 3, 1, 2), size).clamp(0, 1).repeat(1, 3, 1, 1)
     if which == "canny":
         (picture,) = _known(hints, which, "picture")

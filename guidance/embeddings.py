@@ -27,9 +27,8 @@ class CachedEncoder:
         """folder: by default ~/.cache/somnium/embeddings; SOMNIUM_CACHE takes the place of ~/.cache/somnium."""
         cache = Path(os.environ.get("SOMNIUM_CACHE") or "~/.cache/somnium").expanduser()
         self.encoder, self.folder = encoder, folder or cache / "embeddings"
-        self.known: dict[
-            str, tuple[int, Tensor | None]
-        ] = {}  # by text: the excess and, once it is asked for, the embedding
+        # by text: excess and embedding, as far as they are known
+        self.known: dict[str, tuple[int | None, Tensor | None]] = {}
         self.unsaved: set[str] = set()
         self.can_write = True
 
@@ -75,7 +74,7 @@ class CachedEncoder:
             path, self.known[text] = self.path(text), (None, None)
             try:
                 self.known[text] = _read(path)
-            except (FileNotFoundError, NotADirectoryError):
+            except FileNotFoundError:
                 pass
             except (SafetensorError, OSError, KeyError, ValueError) as error:
                 reason = (str(error) or type(error).__name__).splitlines()[0]

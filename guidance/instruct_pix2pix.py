@@ -22,8 +22,8 @@ from schedule import Schedule, value_at
 class InstructPix2Pix(StableDiffusion):
     """A frozen InstructPix2Pix. Needs the hints `original` [B, H, W, 3] (the picture to edit, in [0, 1]) and `null`.
 
-    `edit_scale`: s_I, how closely the picture to edit is kept, a number or a schedule; may be set at any time; at 1 a prediction is one call of the denoiser,
-    otherwise each `ask` takes two more samples (one where the empty prompt is among its wordings).
+    `edit_scale`: s_I, how closely the picture to edit is kept, a number or a schedule; may be set at any time. At 1 each wording is one
+    sample of the denoiser's; otherwise each `ask` takes two samples more (one where the empty prompt is among its wordings).
     """
 
     wants = ("original", "null")
@@ -82,22 +82,16 @@ class InstructPix2Pix(StableDiffusion):
             asked += [null] * (1 if same else 2)
             pictures += [picture] * (0 if same else 1) + [torch.zeros_like(picture)]
         count = len(asked)
-        eps = (
-            super()
-            .predict(
-                torch.cat([noisy] * count),
-                torch.cat([t] * count),
-                torch.cat(asked),
-                {"picture_latents": torch.cat(pictures)},
-            )
-            .chunk(count)
-        )
+        rows = torch.cat([noisy] * count), torch.cat([t] * count), torch.cat(asked)
+        eps = super().predict(*rows, {"picture_latents": torch.cat(pictures)}).chunk(count)
         if scale == 1:
             return list(eps)
         kept = (scale - 1) * (eps[at] - eps[-1])
         return [each + kept for each in eps[: len(wordings)]]
 
     def denoise(self, noisy: Tensor, t: Tensor, embedding: Tensor, hints: Hints) -> Tensor:
+        if "picture_latents" not in hints:
+            hints = {"picture_latents": self.encode_original(hints["original"])}
         both = torch.cat([noisy, hints["picture_latents"]], dim=1).to(self.dtype)
         return self.denoiser(both, t, embedding.to(self.dtype)).sample
 

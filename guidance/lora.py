@@ -105,7 +105,7 @@ class Adaptation:
     ) -> Float[Tensor, "B C h w"]:
         eps = []
         with self._switched_on():
-            for piece in self._pieces(len(noisy)):
+            for piece in self.prior.pieces(len(noisy)):
                 some = {name: hint[piece] for name, hint in self._known(hints).items()}
                 self._embedding = self._camera_of(some, seen[piece])
                 eps.append(self.prior.predict(noisy[piece], t[piece], embedding[piece], some))
@@ -133,7 +133,7 @@ class Adaptation:
         total = torch.zeros((), device=device)
         self.optimizer.zero_grad(set_to_none=True)
         with self._switched_on():
-            for piece in self._pieces(len(latents)):
+            for piece in self.prior.pieces(len(latents)):
                 some = {name: hint[piece] for name, hint in self._known(hints).items()}
                 self._embedding = self._camera_of(some, seen[piece])
                 output = prior.denoise(noisy[piece], t[piece], embedding[piece], some).float()
@@ -171,12 +171,6 @@ class Adaptation:
     def _switch(self, on: bool) -> None:
         for layer in self._layers:
             layer._disable_adapters = not on  # enable_adapters() would walk over all parameters, 10 ms for a large UNet
-
-    def _pieces(self, count: int) -> list[slice]:
-        """The samples of one call of the denoiser each: `max_batch` at most, whole view groups."""
-        most, group = self.prior.max_batch, self.prior.view_group
-        size = max(most // group * group, group) if most else count
-        return [slice(start, start + size) for start in range(0, count, size)]
 
     def _known(self, hints: Hints) -> Hints:
         """The hints that are looked at."""

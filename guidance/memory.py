@@ -226,7 +226,7 @@ def offload(prior, opt) -> str:
     return ""
 
 
-def compile_networks(prior, opt, backend: str = "inductor") -> str:
+def compile_networks(prior, opt, backend: str | Callable = "inductor") -> str:
     """the denoiser and the encoder are compiled, once for every batch size
 
     On a GPU the denoiser also becomes a CUDA graph: one view at a time it spends its time launching kernels. The encoder does not, since

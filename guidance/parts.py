@@ -1,7 +1,10 @@
 """One network by itself (a ControlNet, a CLIP model) from a folder or the hub: what weights.py does for whole pipelines."""
 
+import logging
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from errors import UserError
@@ -33,8 +36,7 @@ def read_part(kind, source: Source, dtype):
     variants = ("fp16", None) if dtype != torch.float32 else (None, "fp16")
     reason, where = "", source.path_or_id
     # initial weights, soon replaced, must not move the scene's numbers
-    with quiet(), warnings.catch_warnings(), torch.random.fork_rng([]):
-        warnings.simplefilter("ignore")  # of a library about its own calls to another
+    with quiet(), _silent(), torch.random.fork_rng([]):
         for cached in (True,) if source.local else (True, False):
             for variant in variants:
                 try:
@@ -52,3 +54,16 @@ def read_part(kind, source: Source, dtype):
                 return network
     advice = "" if source.local else "; check the id, connect once to download it, or name a local folder"
     raise UserError(f"{source.flag}: {where} cannot be read as a {kind.__name__}: {reason}{advice}")
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps warnings, and errors that the libraries log although they raise them too, from the screen."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -18,9 +18,8 @@ from errors import UserError
 
 Hints = dict[str, Tensor]
 """What a prior may know of the pictures besides the prompt, one row per sample: `c2w` [B, 4, 4], `normal` [B, H, W, 3] (world space, 0
-where there is nothing), `depth` and `alpha` [B, H, W, 1], `picture` [B, H, W, 3] (the render itself), `original` [B, H, W, 3] (a picture to edit), `control` [B, 3, k, k] (what a
-ControlNet is shown), `null` [B, L, D] (the embedding of
-the empty prompt)."""
+where there is nothing), `depth` and `alpha` [B, H, W, 1], `picture` [B, H, W, 3] (the render itself), `original` [B, H, W, 3] (a
+picture to edit), `control` [B, 3, k, k] (what a ControlNet is shown), `null` [B, L, D] (the embedding of the empty prompt)."""
 
 
 class Prior:
@@ -107,16 +106,19 @@ class Prior:
         hints: Hints | None = None,
     ) -> Float[Tensor, "B C h w"]:
         """The noise in what `encode` gave, noised to timestep t (0 .. T - 1), whatever the network was trained to predict."""
-        group = self.view_group
-        count = max(self.max_batch // group * group, group) if self.max_batch else len(noisy)
         outputs = []
         with torch.autocast(self.device.type, enabled=False):
-            for start in range(0, len(noisy), count):
-                piece = slice(start, start + count)
+            for piece in self.pieces(len(noisy)):
                 some = {name: hint[piece] for name, hint in hints.items()} if hints else {}
                 outputs.append(self.denoise(noisy[piece], t[piece], embedding[piece], some).float())
         signal, sigma = (table[t][:, None, None, None] for table in (self.signal, self.sigma))
         return to_epsilon(torch.cat(outputs), noisy.float(), signal, sigma, self.prediction_type)
+
+    def pieces(self, count: int) -> list[slice]:
+        """The samples of one call of the denoiser each: `max_batch` at most, whole view groups."""
+        group = self.view_group
+        size = max(self.max_batch // group * group, group) if self.max_batch else count
+        return [slice(start, start + size) for start in range(0, count, size)]
 
     def ask(
         self,

@@ -18,8 +18,9 @@ class Condition:
     """What the denoiser is told, one row per sample.
 
     `text`: the prompt as seen from the camera; `negative`: what to steer away from; `null`: the empty prompt; `source`: what the pictures
-    look like now, as seen from the camera (Bridge), the empty prompt if nothing is said of it; `plain`: the prompt without view words; `perp` and `perp_weight`: the words of other
-    views and their signed weights, 0 for those to ignore (Perp-Neg); `hints`: what else is known of the pictures (see prior.py).
+    look like now, as seen from the camera (Bridge), the empty prompt if nothing is said of it; `plain`: the prompt without view
+    words; `perp` and `perp_weight`: the words of other views and their signed weights, 0 for those to ignore (Perp-Neg); `hints`: what
+    else is known of the pictures (see prior.py).
     """
 
     text: Float[Tensor, "B L D"]

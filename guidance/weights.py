@@ -77,7 +77,7 @@ def resolve(opt) -> Source:
 
     Raises UserError for an unknown version, a missing or incomplete folder, or a prompt with words that an embedded model never saw.
     """
-    pixels = getattr(opt, "IF", False)
+    pixels = opt.IF
     accepted = PIXEL_KINDS if pixels else tuple(PARTS)
     if opt.hf_key:
         flag = f"--hf_key {opt.hf_key}"
@@ -108,7 +108,10 @@ def _embedded(folder: Path, name: str, flag: str, accepted: tuple[str, ...], opt
             "or name another model with --sd_version 1.5 or --hf_key"
         )
     kind = _check_folder(folder, flag, accepted)
-    check_vocabulary({"--text": opt.text, "--negative": opt.negative}, *known_words(folder))
+    texts = {"--text": opt.text, "--negative": opt.negative}
+    if opt.distill == "bridge":
+        texts["--source"] = opt.source.replace("{text}", "")
+    check_vocabulary(texts, *known_words(folder))
     return Source(str(folder), True, name, flag, (), kind, accepted)
 
 

@@ -100,6 +100,6 @@ def load_scene(scene: torch.nn.Module, values: dict[str, Any], path: Path) -> No
             shapes = [("none" if t is None else str(list(t.shape))) for t in (there, here)]
             raise UserError(
                 f"{path}: does not fit these options ({name}: {shapes[0]} in the file, {shapes[1]} here): "
-                "give the --backbone and grid flags it was trained with, or --ckpt scratch"
+                "give the --backbone, --particles and grid flags it was trained with, or --ckpt scratch"
             )
     scene.load_state_dict(values)

@@ -97,12 +97,19 @@ def test_the_control_picture_is_made_once_for_all_wordings(folders, texts, monke
     made = []
     monkeypatch.setattr(module, "control_picture", lambda *args: made.append(args) or control_picture(*args))
     together = prior.ask(noisy, t, wordings, hints)
-    assert len(made) == 1
+    assert [len(hints["normal"]) for _, hints, _ in made] == [2]
     torch.testing.assert_close(torch.stack(together), torch.stack(each), rtol=1e-4, atol=1e-5)
     prior.max_batch = 1
     torch.testing.assert_close(
         torch.stack(prior.ask(noisy, t, wordings, hints)), torch.stack(each), rtol=1e-4, atol=1e-5
     )
+
+
+def test_the_network_can_be_asked_by_itself(folders, texts):
+    """As a training of an adaptation does: with the hints as they come."""
+    prior, hints = load(folders), sphere_hints([0.0, 120.0])
+    noisy, t = noise(0, 2, 4, 8, 8), torch.tensor([5, 900])
+    torch.testing.assert_close(prior.denoise(noisy, t, texts, hints), prior.predict(noisy, t, texts, hints))
 
 
 def test_each_sample_has_its_own_control(folders, texts):
@@ -181,11 +188,11 @@ def test_depth_is_inverse_and_scaled_for_each_picture():
     assert torch.allclose(picture[:, 0].flatten(1), expected, atol=1e-5)
 
 
-def test_depth_of_nothing_and_of_a_wall():
+def test_depth_of_nothing_of_a_wall_and_of_fog():
     empty, wall = torch.zeros(1, 4, 4, 1), torch.ones(1, 4, 4, 1)
-    hints = {"depth": torch.cat([empty, 3 * wall]), "alpha": torch.cat([empty, wall])}
+    hints = {"depth": torch.cat([empty, 3 * wall, 0.6 * wall]), "alpha": torch.cat([empty, wall, 0.3 * wall])}
     picture = control_picture("depth", hints, 8)
-    assert (picture[0] == 0).all() and torch.allclose(picture[1], torch.ones(3, 8, 8))
+    assert torch.allclose(picture, torch.tensor([0.0, 1.0, 0.3])[:, None, None, None].expand(3, 3, 8, 8))
 
 
 def test_depth_of_a_sphere():
@@ -256,6 +263,16 @@ def test_a_missing_hint_is_said(which, words, folders, texts):
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def test_half_precision_is_read_from_whatever_files_there_are(folders, texts):
+    hints, question = sphere_hints([0.0, 120.0]), (noise(0, 2, 4, 8, 8), torch.tensor([5, 900]), texts)
+    expected = load(folders).predict(*question, hints)
+    control = control_source("normal", str(folders[1]))
+    half = ControlNet.load(source(folders[0]), control, "normal", 0.7, "cpu", torch.bfloat16)
+    found = half.predict(*question, hints)
+    assert half.controlnet.dtype == half.denoiser.dtype == torch.bfloat16 and found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
 def test_where_a_controlnet_comes_from(folders):

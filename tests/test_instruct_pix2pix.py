@@ -114,6 +114,7 @@ def test_it_is_the_formula(folders, texts):
     torch.testing.assert_close(prior.predict(noisy, t, null, hints), with_null + 0.8 * (with_null - without))
     prior.edit_scale = 1.0
     torch.testing.assert_close(prior.predict(noisy, t, text, {"original": original}), with_text)
+    torch.testing.assert_close(prior.denoise(noisy, t, text, {"original": original}), with_text)
     assert (with_null - without).abs().max() > 0.01 and (with_text - with_null).abs().max() > 0.01
 
 

@@ -1,113 +1,21 @@
 """VSD's adaptation: it starts as the prior and leaves the prior alone, learns what it is shown and from where, and can be resumed."""
 
 import copy
-import io
 from pathlib import Path
 
 import pytest
 import torch
+from adapted import LEVELS, MODELS, STEPS, adapt, latent_model, question, taught, unet
 from torch.nn import functional as F
 
 import guidance.lora
 from errors import UserError
-from guidance.deepfloyd_if import DeepFloydIF
 from guidance.lora import Adaptation, from_epsilon
 from guidance.prior import to_epsilon
 from guidance.stable_diffusion import StableDiffusion
-from guidance.stable_diffusion_3 import StableDiffusion3
 from guidance.weights import Source
-from nerf.provider import orbit
 
-STEPS = 50  # noise levels
-ABAR = torch.linspace(0.999, 0.01, STEPS)
-LEVELS = ABAR.sqrt(), (1 - ABAR).sqrt()
 TINY_SD = Path(__file__).resolve().parent.parent / "toybox" / "models" / "tiny-sd"
-
-
-def unet(channels=4, attends="CrossAttn", **more):
-    """One level of 16 channels; attends: "CrossAttn" everywhere, or "" in the middle alone."""
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=channels,
-        out_channels=more.pop("out_channels", channels),
-        layers_per_block=1,
-        block_out_channels=(16,),
-        down_block_types=(f"{attends}DownBlock2D",),
-        up_block_types=(f"{attends}UpBlock2D",),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-        **more,
-    )
-
-
-def transformer():
-    from diffusers import SD3Transformer2DModel
-
-    torch.manual_seed(0)
-    return SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        caption_projection_dim=16,
-        pooled_projection_dim=16,
-        out_channels=4,
-        pos_embed_max_size=8,
-    )
-
-
-def latent_model(kind="v_prediction", dtype=torch.float32, **more):
-    network = unet(**more) if dtype == torch.float32 else unet(**more).to(dtype)
-    return StableDiffusion(network, None, *LEVELS, kind, "cpu")
-
-
-def pixel_model():
-    return DeepFloydIF(unet(3, out_channels=6), None, *LEVELS, "epsilon", "cpu")
-
-
-def flow_model():
-    sigma = torch.linspace(0.01, 0.99, STEPS)
-    return StableDiffusion3(transformer(), None, 1 - sigma, sigma, "flow_prediction", "cpu")
-
-
-MODELS = {
-    "eps": lambda: latent_model("epsilon"),
-    "v": latent_model,
-    "sample": lambda: latent_model("sample"),
-    "middle": lambda: latent_model(attends=""),
-    "pixels": pixel_model,
-    "flow": flow_model,
-    "bf16": lambda: latent_model(dtype=torch.bfloat16),
-}
-
-
-def adapt(prior, rank=4, lr=1e-2, seed=0, warm_up=1):
-    return Adaptation(prior, rank, lr, torch.Generator().manual_seed(seed), warm_up)
-
-
-def question(prior, batch=2):
-    """Noisy latents, timesteps, embedding, hints: cameras half a turn apart."""
-    draw = {"generator": torch.Generator().manual_seed(1)}
-    noisy = torch.randn(batch, prior.latent_channels, 8, 8, **draw)
-    embedding = torch.randn(1, 6, 16, **draw).expand(batch, -1, -1)
-    polar, azimuth = torch.full((batch,), 80.0), 180.0 * torch.arange(batch)
-    return noisy, torch.arange(batch) % 2 * 20 + 5, embedding, {"c2w": orbit(polar, azimuth, 3.2, 30.0, 8, 8).c2w}
-
-
-def taught(prior, steps=4, **settings):
-    """An adaptation that has seen some pictures, and so differs from the prior."""
-    adaptation = adapt(prior, **settings)
-    latents, _, embedding, hints = question(prior)
-    for _ in range(steps):
-        adaptation.learn(latents, embedding, hints)
-    return adaptation
 
 
 # ---- the prior stays what it is ---------------------------------------------------------------------------------------------
@@ -370,92 +278,3 @@ def test_a_step_that_is_not_finite_is_not_taken():
     assert not adaptation.learn(latents * float("nan"), embedding, hints).isfinite()
     assert all(torch.equal(p, before[name]) for name, p in adaptation.trained.items())
     assert adaptation.learn(latents, embedding, hints).isfinite()
-
-
-# ---- asking -----------------------------------------------------------------------------------------------------------------
-
-
-def test_guidance_of_the_camera():
-    prior = latent_model()
-    adaptation = taught(prior)
-    asked = question(prior)
-    without, seen = adaptation.predict(*asked, camera=False), adaptation.predict(*asked)
-    calls = []
-    adaptation.network.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
-    for scale, expected, sizes in (
-        (1.0, seen, [2]),
-        (0.0, without, [2]),
-        (0.5, (without + seen) / 2, [4]),
-        (3.0, 3 * seen - 2 * without, [4]),
-    ):
-        calls.clear()
-        assert torch.allclose(adaptation.guided(*asked, scale), expected, atol=1e-5)
-        assert calls == sizes  # no forward that is not needed
-    assert not torch.allclose(without, seen, atol=1e-3)
-
-
-@pytest.mark.parametrize(("most", "group"), [(1, 1), (3, 1), (3, 2), (1, 2)])
-def test_pieces_are_told_their_own_cameras(most, group):
-    prior = latent_model()
-    adaptation = taught(prior)
-    noisy, t, embedding, hints = question(prior, 4)
-    whole, half = adaptation.predict(noisy, t, embedding, hints), adaptation.guided(noisy, t, embedding, hints, 0.5)
-    prior.max_batch, prior.view_group = most, group
-    calls = []
-    adaptation.network.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
-    assert torch.allclose(adaptation.predict(noisy, t, embedding, hints), whole, atol=1e-5)
-    assert calls == {(1, 1): [1] * 4, (3, 1): [3, 1], (3, 2): [2, 2], (1, 2): [2, 2]}[most, group]
-    assert torch.allclose(adaptation.guided(noisy, t, embedding, hints, 0.5), half, atol=1e-5)
-
-
-def test_learning_in_pieces_is_learning_at_once():
-    answers, losses = [], []
-    for most in (0, 1):
-        prior = latent_model()
-        prior.max_batch = most
-        adaptation = adapt(prior, lr=1e-3)
-        latents, t, embedding, hints = question(prior, 3)
-        losses.append([adaptation.learn(latents, embedding, hints).item() for _ in range(3)])
-        answers.append(adaptation.predict(latents, t, embedding, hints))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and torch.allclose(*answers, atol=1e-3)
-
-
-def test_the_views_of_a_group_share_a_timestep():
-    prior = latent_model()
-    prior.view_group = 2
-    adaptation, asked = adapt(prior), []
-    inner = prior.denoise
-    prior.denoise = lambda noisy, t, *rest: asked.append(t) or inner(noisy, t, *rest)
-    latents, _, embedding, hints = question(prior, 4)
-    for _ in range(5):
-        adaptation.learn(latents, embedding, hints)
-    t = torch.stack(asked)
-    assert torch.equal(t[:, ::2], t[:, 1::2]) and (t[:, 0] != t[:, 2]).any()
-
-
-# ---- checkpoints ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_restored_one_has_the_same_future_to_the_last_bit():
-    def future(adaptation):
-        latents, t, embedding, hints = question(adaptation.prior)
-        losses = [adaptation.learn(latents, embedding, hints) for _ in range(3)]
-        return [*losses, adaptation.predict(latents, t, embedding, hints)]
-
-    first = taught(latent_model(), steps=3, warm_up=8)
-    file = io.BytesIO()
-    torch.save(first.state(), file)
-    expected = future(first)
-    file.seek(0)
-    second = adapt(latent_model(), seed=9, warm_up=8)
-    second.load_state(torch.load(file, weights_only=True))
-    assert all(torch.equal(a, b) for a, b in zip(expected, future(second), strict=True))
-    assert first.steps == second.steps == 6
-
-
-def test_a_state_of_another_rank_or_model_is_a_users_error():
-    state = taught(latent_model(), rank=2).state()
-    with pytest.raises(UserError, match="--lora_rank.*another rank.*--ckpt scratch"):
-        adapt(latent_model(), rank=3).load_state(state)
-    with pytest.raises(UserError, match="--lora_rank"):
-        adapt(flow_model(), rank=2).load_state(state)

@@ -130,10 +130,11 @@ def test_no_guidance_is_built_for_results_alone(options, monkeypatch):
 
     order = []
     monkeypatch.setattr(nerf, "build_scene", lambda opt: order.append(torch.initial_seed()) or "scene")
-    monkeypatch.setattr(guidance, "build_guidance", lambda opt, device: order.append(str(device)) or "guidance")
+    told = SimpleNamespace(prior=SimpleNamespace(wants=()))
+    monkeypatch.setattr(guidance, "build_guidance", lambda opt, device: order.append(str(device)) or told)
     monkeypatch.setattr(nerf.trainer, "Trainer", lambda *parts: parts)
     opt = options("--seed", 11)
-    assert program.build(opt) == (opt, "scene", "guidance", torch.device("cpu"))
+    assert program.build(opt) == (opt, "scene", told, torch.device("cpu"))
     assert order == [11, "cpu"]  # the scene's weights follow from --seed
     opt.save(Path(opt.workspace) / "config.yaml")
     for action in ("--test", "--six_views"):

@@ -34,7 +34,7 @@ def load(tmp_path_factory):
         else:
             if not folder.exists():
                 build_folder(folder, kind)
-            prior = load_prior(resolve(SimpleNamespace(hf_key=str(folder))), device, dtype)
+            prior = load_prior(resolve(SimpleNamespace(hf_key=str(folder), IF=False)), device, dtype)
         prior.kind = kind
         return prior
 

@@ -1,6 +1,7 @@
 """Particles: different from the start, trained one at a time at their own rhythm, saved, resumed and shown like a scene alone."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +54,11 @@ def copied(scene):
     return {name: value.detach().clone() for name, value in scene.state_dict().items()}
 
 
+def differ(one, other):
+    """Whether two files that are there have different bytes."""
+    return one.read_bytes() != other.read_bytes()
+
+
 def same(a, b):
     """Whether two nests of dicts, lists and tensors are the same to the last bit."""
     if isinstance(a, torch.Tensor):
@@ -102,16 +108,17 @@ def test_what_is_asked_of_it_is_asked_of_the_active_one(options):
 
 
 def test_all_get_their_turn_and_the_count_is_saved():
-    scene = Particles([torch.nn.Linear(1, 1) for _ in range(3)])
-    generator = torch.Generator().manual_seed(0)
+    scene = Particles([torch.nn.Identity() for _ in range(3)])
+    generator, elsewhere = torch.Generator().manual_seed(0), torch.get_rng_state()
     done = {number: [] for number in range(3)}
     for _ in range(300):
         turn = scene.take_turn(generator)
         done[scene.active].append(turn)
     assert all(turns == list(range(len(turns))) and 75 < len(turns) < 125 for turns in done.values())
-    again = Particles([torch.nn.Linear(1, 1) for _ in range(3)])
+    again = Particles([torch.nn.Identity() for _ in range(3)])
     again.load_state_dict(scene.state_dict())
     assert again.turns == scene.turns == [len(turns) for turns in done.values()]
+    assert torch.equal(torch.get_rng_state(), elsewhere)  # the order follows from the generator alone
 
 
 @pytest.mark.parametrize("optimiser", ["adam", "adan"])
@@ -130,9 +137,9 @@ def test_a_step_moves_the_active_one_alone(trainer, optimiser):
 
 def test_a_run_in_which_one_has_all_the_turns_is_the_run_of_that_scene_alone(trainer):
     flags = ("-O", "--cuda_ray", "--update_extra_interval", 3, "--albedo_iter_ratio", 0, "--lambda_tv", 1e-3)
-    alone = trainer(1, *flags, "--workspace", "alone", real=True)
+    alone = trainer(1, *flags, "--ema_decay", 0.3, "--workspace", "alone", real=True)
     alone.train()
-    run = trainer(2, *flags, "--ema_decay", 0.9**2, real=True)  # a decay of 0.9 a step
+    run = trainer(2, *flags, "--ema_decay", 0.3**2, real=True)  # 0.3 a step: half of the steps are another's
     turns_of(run, [0] * 12)
     before = copied(run.scene.scenes[1])
     run.train()
@@ -200,22 +207,23 @@ def test_every_one_is_shown(trainer, monkeypatch, capsys):
     for place, names in (("results", videos), ("validation", sheets), ("mesh", {"mesh.obj", "mesh.glb"})):
         for particle in ("", "particle_2"):
             assert {path.name for path in (folder / place / particle).iterdir() if path.is_file()} == names
+        assert all(differ(folder / place / name, folder / place / "particle_2" / name) for name in names)
     assert [path.relative_to(folder / "mesh").as_posix() for path in meshes] == [
         *("mesh.obj", "mesh.glb", "particle_2/mesh.obj", "particle_2/mesh.glb")
     ]
     assert {"mesh/iou", "particle_2/mesh/iou"} <= run.metrics.history.keys()
-    first, second = (folder / "mesh" / name / "mesh.glb" for name in ("", "particle_2"))
-    assert first.read_bytes() != second.read_bytes()
     assert "particles:" in capsys.readouterr().err
 
     shown = trainer(2, "--iters", 16, guided=False)
     shown.opt.__dict__["six_views"] = True
-    assert len(shown.test()) == 36 and (folder / "results/particle_2/step_0000016_front_rgb.png").is_file()
+    assert len(shown.test()) == 36
+    assert differ(*(folder / "results" / name / "step_0000016_front_rgb.png" for name in ("", "particle_2")))
 
 
 def test_the_program_trains_two(options, monkeypatch):
-    built = []
-    monkeypatch.setattr(guidance, "build_guidance", lambda opt, device: BallGuidance())
+    built, told = [], BallGuidance()
+    told.prior = SimpleNamespace(wants=())
+    monkeypatch.setattr(guidance, "build_guidance", lambda opt, device: told)
     inner = program.build
     monkeypatch.setattr(program, "build", lambda opt: built.append(inner(opt)) or built[-1])
     opt = options("--particles", 2, "--iters", 6, "--latent_iter_ratio", 0, "--albedo_iter_ratio", 1, "-O")

@@ -29,6 +29,7 @@ def models(tmp_path_factory):
 def play(tmp_path, monkeypatch, models):
     """`play("eps-tiny", "--iters", 3)` -> the sheet as an array, or None if the script refused."""
     monkeypatch.setenv("SOMNIUM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(playground, "SAMPLE_STEPS", 10)
 
     def run(kind: str, *typed) -> np.ndarray | None:
         out = tmp_path / "sheets" / "sheet.png"
@@ -53,7 +54,7 @@ def test_a_row_per_method_and_one_for_the_sample(play, capsys):
     assert np.abs(tile(sheet, 0, COLUMNS - 1) - tile(sheet, 1, COLUMNS - 1)).max() > 0
     for row in range(3):
         assert np.abs(tile(sheet, row, 0) - tile(sheet, row, COLUMNS - 1)).max() > 3
-    assert "playground 56/56" in capsys.readouterr().err  # 50 steps of the sample
+    assert "playground 16/16" in capsys.readouterr().err  # with the 10 steps of the sample
 
 
 def test_the_same_call_makes_the_same_picture_and_another_seed_another(play):
@@ -97,6 +98,25 @@ def test_an_edit_begins_with_the_picture_to_edit(play, tmp_path):
     begin = tile(sheet, 0, 0)
     assert (begin[:, : TILE // 4] == 0).all() and (begin[:, -TILE // 4 :] == 255).all()
     assert play("pix2pix", *edit) is None
+
+
+@pytest.mark.parametrize("control", ["canny", "depth"])
+def test_a_control_net_looks_at_the_picture(control, play, models, tmp_path):
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(models["eps-tiny"] / "unet")
+    network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16))
+    for weight in network.parameters():
+        weight.data.normal_(0, 0.2) if not weight.any() else None
+    network.save_pretrained(tmp_path / "control")
+    for name, left in (("left", 10), ("right", 40)):
+        picture = np.zeros((64, 64, 3), np.uint8)
+        picture[:, left:] = 255
+        Image.fromarray(picture).save(tmp_path / f"{name}.png")
+    typed = ("--methods", "sds", "--iters", 2, "--lr", 0.5, "--control", control, "--control_key", tmp_path / "control")
+    left, right = (play("eps-tiny", *typed, "--image", tmp_path / f"{name}.png") for name in ("left", "right"))
+    assert (tile(left, 0, COLUMNS - 1) != tile(right, 0, COLUMNS - 1)).any()
+    assert play("eps-tiny", *typed) is None
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def folders(tmp_path_factory):
 
 
 def source_of(folder):
-    return weights.resolve(SimpleNamespace(hf_key=str(folder)))
+    return weights.resolve(SimpleNamespace(hf_key=str(folder), IF=False))
 
 
 def prior_of(folder, dtype=torch.float32):
@@ -320,7 +320,7 @@ def test_schedulers_that_cannot_be_used_are_refused_in_one_line(folders, tmp_pat
 
 def options(**values):
     defaults = {"control": "none", "control_key": None, "view_group": 1}
-    scales = dict.fromkeys(("control_scale", "edit_scale"), lambda step: 0.7)
+    scales = dict.fromkeys(("control_scale", "edit_scale"), 0.7)
     return SimpleNamespace(**(defaults | scales | values))
 
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from guidance.priors import load_prior, text_encoder
 from guidance.prompt import PromptBank
-from guidance.stable_diffusion import StableDiffusion
 from guidance.weights import known_words, resolve
 from toybox import evaluate
 from toybox.captions import vocabulary
@@ -15,10 +15,16 @@ from toybox.check import sample
 from toybox.data import ANGLE_OVERHEAD
 from toybox.models import MODELS
 
+NAMES = ("tiny-sd", "tiny-if")
+
+
+def source(name):
+    return resolve(SimpleNamespace(hf_key=str(MODELS / name), IF=False))
+
 
 @pytest.fixture(scope="module")
 def prior():
-    return StableDiffusion.load(resolve(SimpleNamespace(hf_key=str(MODELS / "tiny-sd"))), "cpu")
+    return load_prior(source("tiny-sd"), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,7 @@ def test_files_are_small_halves():
     from safetensors import safe_open
 
     files = list(MODELS.rglob("*.safetensors"))
-    assert len(files) == 4  # unet, text encoder, autoencoder, clip
+    assert len(files) == 6  # unet, text encoder, autoencoder; unet and T5; clip
     for file in files:
         assert file.stat().st_size < 20 * 2**20
         with safe_open(file, "pt") as tensors:
@@ -43,8 +49,9 @@ def test_configs_do_not_tell_where_they_were_made():
         assert not json.loads(file.read_text()).get("_name_or_path"), file
 
 
-def test_model_knows_the_words_of_the_toybox():
-    words, _ = known_words(MODELS / "tiny-sd")
+@pytest.mark.parametrize("name", NAMES)
+def test_models_know_the_words_of_the_toybox(name):
+    words, _ = known_words(MODELS / name)
     assert set(words) == set(vocabulary()) - {","}
 
 
@@ -61,9 +68,10 @@ def test_judge_knows_the_truth(judge):
 
 
 @pytest.mark.parametrize("prompt", ["a hamburger", "a snowman", "a blue mug"])
-def test_samples_are_recognised(prior, judge, prompt):
-    azimuth = torch.tensor([0.0, 120.0])
-    bank = PromptBank(prior, prompt, "", 8, angle_overhead=ANGLE_OVERHEAD)
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_are_recognised(name, judge, prompt):
+    azimuth, prior = torch.tensor([0.0, 120.0]), load_prior(source(name), "cpu")
+    bank = PromptBank(text_encoder(source(name), "cpu"), prompt, "", 8, angle_overhead=ANGLE_OVERHEAD)
     condition = bank.condition(torch.full_like(azimuth, 80.0), azimuth)
     image = sample(prior, condition, 10, 4.0, torch.Generator().manual_seed(0)).permute(0, 2, 3, 1)
     assert judge.rank(image, prompt) == 1

@@ -52,9 +52,15 @@ def no_network(monkeypatch):
 
 
 def asked(**values):
-    return SimpleNamespace(
-        **{"hf_key": None, "sd_version": "embedded", "text": "a red chair", "negative": "", **values}
-    )
+    defaults = {
+        "hf_key": None,
+        "sd_version": "embedded",
+        "IF": False,
+        "text": "a red chair",
+        "negative": "",
+        "distill": "sds",
+    }
+    return SimpleNamespace(**(defaults | values))
 
 
 def complaint(call, *args):
@@ -292,6 +298,14 @@ def test_an_unknown_word_is_named_with_its_neighbours(whole, monkeypatch):
     assert '"b"' in complaint(weights.resolve, asked(text="b chair"))  # a letter is not a word
     assert '"€"' in complaint(weights.resolve, asked(text="a chair €"))
     weights.resolve(asked(text="A Red chair, front view.", negative=None))  # case does not matter
+
+
+def test_bridge_s_source_is_read_by_the_model_as_well(whole, monkeypatch):
+    monkeypatch.setattr(weights, "EMBEDDED", whole)
+    asked_for = asked(distill="bridge", source="{text}, foggy")
+    assert '--source: the embedded model does not know "foggy"' in complaint(weights.resolve, asked_for)
+    weights.resolve(asked(distill="bridge", source="{text}, back view"))
+    weights.resolve(asked(source="{text}, foggy"))  # SDS has no source
 
 
 def test_other_models_take_any_word(whole):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from guidance.weights import quiet
 from toybox.models import MODELS
 from toybox.objects import COLORS, OBJECTS
 from toybox.render import compose, orbit_cameras, trace
@@ -122,7 +123,9 @@ class Judge:
         from transformers import CLIPModel, CLIPTokenizer
 
         self.prompts = list(prompts)
-        self.model = CLIPModel.from_pretrained(MODELS / "tiny-clip", dtype=torch.float32, local_files_only=True).eval()
+        with quiet():
+            model = CLIPModel.from_pretrained(MODELS / "tiny-clip", dtype=torch.float32, local_files_only=True)
+        self.model = model.eval()
         tokens = CLIPTokenizer.from_pretrained(MODELS / "tiny-clip")(
             self.prompts, padding="max_length", return_tensors="pt"
         )
