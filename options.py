@@ -125,6 +125,8 @@ def _automatic(chosen: list[Layer], typed: Layer) -> list[Layer]:
         layers += [_read_config(CONFIGS / "distill" / "embedded.yaml", section=method)]
     if pixels:
         layers += [("--IF", {"latent_iter_ratio": 0.0})]  # there are no latents for normals to stand for
+    if _last("control", chosen, typed) == "canny":
+        layers += [("--control canny", {"latent_iter_ratio": 0.0})]  # it looks for edges in a picture
     return layers
 
 
@@ -357,6 +359,8 @@ def _check(values: dict[str, Any], origins: dict[str, str]) -> None:
         refuse("view_group", f"--batch_size {values['batch_size']} must be a multiple of it")
     if values["control"] != "none" and values["IF"]:
         refuse("control", "goes with Stable Diffusion, not with --IF; leave one of them out")
+    if values["control"] == "canny" and values["latent_iter_ratio"] > 0:
+        refuse("control", "finds edges in pictures; with it, use --latent_iter_ratio 0")
     if values["control_key"] and values["control"] == "none":
         refuse("control_key", "say what it is to see: --control normal, depth or canny")
     if values["mesh_threshold"] != "auto":

@@ -41,6 +41,8 @@ def build_guidance(opt, device: torch.device | str) -> "Guidance":
     else:
         generator.manual_seed(int(opt.seed) + 7919)  # not the numbers that cameras or weights are drawn from
     method, adaptation = METHODS[opt.distill], None
+    if method.learns and "original" in prior.wants:
+        raise UserError(f"--distill {opt.distill}: cannot learn from a model that edits pictures; use another method")
     if method.learns:
         from guidance.lora import WARM_UP, Adaptation
 

@@ -104,10 +104,11 @@ class Draw:
         return (self.t + round(fraction * count)).clamp(0, count - 1)
 
     def ask(self, wordings: tuple[str, ...], noisy: Tensor, t: Int[Tensor, "B"]) -> dict[str, Float[Tensor, "B C h w"]]:
-        """The prior's noise estimates for several wordings, in one call; Perp-Neg's are asked with `text`, as "perp"."""
+        """The prior's noise estimates for several wordings, in one call; for guidance (`text` and
+        another) Perp-Neg's are asked as well, as "perp"."""
         condition, prior = self.condition, self.prior
         texts = [getattr(condition, name) for name in wordings]
-        extra = list(condition.perp) if condition.perp is not None and "text" in wordings else []
+        extra = list(condition.perp) if condition.perp is not None and "text" in wordings[1:] else []
         known = {**condition.hints, "null": condition.null}
         hints = {name: known[name] for name in prior.wants if known.get(name) is not None}
         answers = [eps.float() for eps in prior.ask(noisy, t, texts + extra, hints)]

@@ -187,6 +187,8 @@ def paint(
             optimizer.zero_grad()
             (opt.lambda_guidance(step) * loss).backward()
             optimizer.step()
+            if space == "pixels":  # as the colors of a scene: beyond black and white there is nothing
+                canvas.data.clamp_(0, 1)
             tick()
         if prior.device.type == "cuda":
             torch.cuda.synchronize()

@@ -389,6 +389,8 @@ def test_every_method_s_settings_are_flags_of_known_methods():
 def test_pixels_have_no_latents_to_start_with():
     assert parse([*TEXT, "--IF", "--hf_key", "DeepFloyd/IF-I-XL-v1.0"]).latent_iter_ratio == 0
     assert parse([*TEXT, "--IF", "--hf_key", "a/b", "--latent_iter_ratio", "0.1"]).latent_iter_ratio == 0.1
+    assert parse([*TEXT, "--control", "canny", "--sd_version", "1.5"]).latent_iter_ratio == 0
+    assert parse([*TEXT, "--control", "depth", "--sd_version", "1.5"]).latent_iter_ratio == 0.2
     assert parse([*TEXT, "--IF"]).iters == PRESET["iters"]  # tiny-if, with the embedded preset
 
 
@@ -398,6 +400,7 @@ def test_pixels_have_no_latents_to_start_with():
         (["--view_group", "4", "--batch_size", "6"], "--batch_size 6 must be a multiple"),
         (["--IF", "--control", "depth"], "not with --IF"),
         (["--control_key", "x/y"], "--control normal, depth or canny"),
+        (["--control", "canny", "--latent_iter_ratio", "0.1"], "use --latent_iter_ratio 0"),
     ],
 )
 def test_what_does_not_go_together(words, reason):

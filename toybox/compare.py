@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import UInt8
 
 from errors import UserError, say
@@ -275,6 +276,9 @@ def make_results(args: argparse.Namespace) -> int:
     def work(task: tuple[str, str]) -> str:
         return train(args.folder, *task, args.extra, args.reuse, args.jobs > 1)
 
+    if args.jobs > 1:
+        # threads that wait for each other while the runs have the cores take ten times as long
+        torch.set_num_threads(1)
     with ThreadPoolExecutor(args.jobs) as pool:
         for number, ((case, prompt), problem) in enumerate(zip(missing, pool.map(work, missing), strict=True), 1):
             if problem:

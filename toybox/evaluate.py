@@ -220,6 +220,9 @@ def main() -> None:
         return {"prompt": prompt, "case": name, "seconds": logged_seconds(workspace), "workspace": workspace}
 
     rows = []
+    if args.jobs > 1:
+        # threads that wait for each other while the runs have the cores take ten times as long
+        torch.set_num_threads(1)
     with ThreadPoolExecutor(args.jobs) as pool:
         for row in pool.map(work, cases):
             row |= measure(row["prompt"], row["workspace"], judge)
