@@ -248,6 +248,7 @@ def test_every_value_survives_saving(tmp_path):
         "min_near",
         "negative_w",
         "IF",
+        "control",
     }
     for name, flag in FLAGS.items():
         if name in special or flag.kind not in (*samples, "choice", "flag") or name in (*PRESETS, "test", "six_views"):
