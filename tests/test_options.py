@@ -248,14 +248,14 @@ def test_every_value_survives_saving(tmp_path):
         "min_near",
         "negative_w",
         "IF",
-        "control",
+        "latent_iter_ratio",
     }
     for name, flag in FLAGS.items():
         if name in special or flag.kind not in (*samples, "choice", "flag") or name in (*PRESETS, "test", "six_views"):
             continue
         value = {"choice": flag.choices and flag.choices[-1]}.get(flag.kind, samples.get(flag.kind))
         argv += [f"--{name}"] if flag.kind == "flag" else [f"--{name}", str(value)]
-    argv += ["--desired_resolution", "170"]
+    argv += ["--desired_resolution", "170", "--latent_iter_ratio", "0"]
     opt = parse([*argv, "--workspace", str(tmp_path)])
     opt.save(tmp_path / "config.yaml")
     again = parse(["--workspace", str(tmp_path), "--test"])
