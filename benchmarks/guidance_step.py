@@ -178,7 +178,9 @@ def measure(case: Case, part: str) -> dict[str, Any]:
         torch.set_num_threads(case.threads)
     prior = build(case)
     networks = {"denoiser": prior.denoiser, "encoder": getattr(prior.autoencoder, "encoder", None)}
-    counted = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items() if network}
+    counted = {
+        name: sum(p.numel() for p in network.parameters()) for name, network in networks.items() if network is not None
+    }
     generator = torch.Generator(prior.device).manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:
@@ -202,41 +204,31 @@ def measure(case: Case, part: str) -> dict[str, Any]:
         return prior.predict(noisy, t, embedding, _hints(both, prior))
 
     steps = {"predict": predict} if part == "predict" else {"encode": encode, "backward": backward}
-    memory, found, calls = Memory(case.device), {}, {name: [] for name in steps}
     started = time.perf_counter()
-    for name, step in steps.items():
-        found[name] = _first_call(step, name, memory, case)
+    operations = {name: _first_call(step, name, case) for name, step in steps.items()}
     first = time.perf_counter() - started
     _tidy()
-    memory = Memory(case.device)
+    memory, found, calls = Memory(case.device), {}, {name: [] for name in steps}
     for _ in range(case.repeat):
         for name, step in steps.items():
             memory.reset()
-            calls[name].append((_timed(step, case)[0], memory.peak()))
+            calls[name].append((_timed(step, case), memory.peak()))
     for name, several in calls.items():
-        if several:
-            peaks = [peak for _, peak in several if peak is not None]
-            found[name] = (
-                statistics.median(seconds for seconds, _ in several),
-                max(peaks, default=None),
-                found[name][2],
-            )
+        peaks = [peak for _, peak in several if peak is not None]
+        found[name] = statistics.median(seconds for seconds, _ in several), max(peaks, default=None), operations[name]
     facts = {"parameters": counted, "first": first, "size": prior.image_size, "dtype": str(prior.dtype).split(".")[1]}
     return found | {"": facts}
 
 
-def _first_call(
-    step: Callable[[], torch.Tensor], name: str, memory: Memory, case: Case
-) -> tuple[float, int | None, int | None]:
-    """(seconds, peak, floating-point operations: what is compiled cannot be counted); the result is checked."""
+def _first_call(step: Callable[[], torch.Tensor], name: str, case: Case) -> int | None:
+    """-> floating-point operations (what is compiled cannot be counted). The result is checked. Not a call to measure: counting makes
+    recomputed activations take more room."""
     counter = None if case.options["compile"] else _counter()
-    memory.reset()
     with counter or nullcontext():
-        seconds, result = _timed(step, case)
-    peak = memory.peak()
+        result = step()
     if not torch.isfinite(result).all():
         raise ValueError(f"{name} gives numbers that are not finite")
-    return seconds, peak, counter and counter.get_total_flops()
+    return counter and counter.get_total_flops()
 
 
 def _counter():
@@ -257,14 +249,14 @@ def _counter():
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
-def _timed(step: Callable[[], torch.Tensor], case: Case) -> tuple[float, torch.Tensor]:
+def _timed(step: Callable[[], torch.Tensor], case: Case) -> float:
     wait = torch.cuda.synchronize if case.device == "cuda" else lambda: None
     clock = time.process_time if (case.device, case.threads) == ("cpu", 1) else time.perf_counter
     wait()
     started = clock()
-    result = step()
+    step()
     wait()
-    return clock() - started, result
+    return clock() - started
 
 
 def _hints(count: int, prior) -> dict[str, torch.Tensor]:
@@ -334,12 +326,11 @@ def report(case: Case, compare: list[str], show: Callable[[str], None]) -> None:
         found = {part: halves[part == "predict"][part] for part in ("encode", "predict", "backward")}
         if base is None:
             where = torch.cuda.get_device_name() if case.device == "cuda" else f"{case.threads} thread(s) of a CPU"
-            how = f"median of {case.repeat}" if case.repeat else "one call, the first"
             sizes = ", ".join(f"{part} {number / 1e6:.1f} M" for part, number in facts["parameters"].items())
             show(f"\n## {case.prior}{f', {typed}' if typed else ''}\n")
             show(
                 f"{case.batch} picture(s) of {facts['size']} x {facts['size']} pixels, {facts['dtype']}; parameters: {sizes}. {where}, "
-                f"{platform.machine()}, torch {torch.__version__}; {how}.\n"
+                f"{platform.machine()}, torch {torch.__version__}; median of {case.repeat}.\n"
             )
             show(HEAD)
         show("\n".join(table_rows(name, found, base)))
@@ -358,9 +349,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, help="pixels a side, instead of the model's own (published architectures)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument(
-        "--repeat", type=int, default=5, help="calls of which the median counts, after one more; 0: that one counts"
-    )
+    parser.add_argument("--repeat", type=int, default=5, help="calls of which the median counts, after a first one")
     parser.add_argument(
         "--compare", nargs="*", default=[], choices=VARIANTS, help="the same step with one more switch each"
     )
