@@ -70,7 +70,7 @@ def build(opt):
         from guidance import build_guidance
 
         guidance = build_guidance(opt, device)
-        if "original" in guidance.prior.wants:
+        if "original" in guidance.wants:
             raise UserError(
                 f"--hf_key {opt.hf_key}: this model edits pictures, and a new scene has none; try it on a picture with "
                 "scripts/playground2d.py --image FILE"
@@ -112,6 +112,8 @@ def _explained(error: Exception, opt) -> Exception:
     if not full and "can't allocate memory" not in str(error):
         return error
     flags = [] if opt.vram_O else ["--vram_O"]
+    flags += [] if opt.offload == "sequential" else ["--offload sequential"]
+    flags += [] if opt.taesd or opt.IF or (opt.sd_version == "embedded" and not opt.hf_key) else ["--taesd"]
     flags += [] if opt.fp16 else ["--fp16"]
     flags += ["--batch_size 1"] if opt.batch_size > 1 else []
     flags += ["smaller --w and --h", "less --max_steps", "less --max_ray_batch", "smaller --W and --H"]

@@ -132,7 +132,7 @@ def _automatic(chosen: list[Layer], typed: Layer) -> list[Layer]:
 
 def parser() -> argparse.ArgumentParser:
     """The argparse side of the table: grouped help with units, ranges and defaults."""
-    result = _Parser(
+    result = Parser(
         prog="main.py",
         description='Text in, a 3-D model out. Start with: main.py --text "a hamburger" --workspace trial -O --save_mesh',
         epilog=(
@@ -154,7 +154,9 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Refuses with a UserError of one line."""
+
     def error(self, message):
         raise UserError(f"{message.removeprefix('argument ')} (--help lists every flag)")
 

@@ -5,6 +5,12 @@ from typing import Any
 
 import torch
 
+from guidance.deepfloyd_if import DeepFloydIF
+from guidance.prior import Prior
+from guidance.stable_diffusion import StableDiffusion
+from guidance.stable_diffusion_3 import StableDiffusion3
+from guidance.stable_diffusion_xl import StableDiffusionXL
+
 _CROSS, _DOWN, _UP = ("CrossAttnDownBlock2D",), ("DownBlock2D",), ("UpBlock2D",)
 SD15 = {
     "sample_size": 64,
@@ -80,8 +86,7 @@ KL_16 = KL | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_co
 class Architecture:
     """A denoiser (its class and settings), an autoencoder, and what the text encoders would give: [rows, width]."""
 
-    module: str  # of the prior's class
-    prior: str
+    prior: type[Prior]
     denoiser: dict[str, Any]
     autoencoder: dict[str, Any] | None
     embedding: tuple[int, int]
@@ -89,18 +94,14 @@ class Architecture:
     prediction: str = "epsilon"
 
 
-_SD = ("stable_diffusion", "StableDiffusion")
-_IF = ("deepfloyd_if", "DeepFloydIF")
 ARCHITECTURES = {
-    "sd1.5": Architecture(*_SD, SD15, KL, (77, 768)),
-    "sd2.1": Architecture(*_SD, SD21, KL, (77, 1024)),
-    "sdxl": Architecture("stable_diffusion_xl", "StableDiffusionXL", SDXL, KL, (78, 2048)),
-    "sd3": Architecture(
-        "stable_diffusion_3", "StableDiffusion3", SD3, KL_16, (334, 4096), "SD3Transformer2DModel", "flow_prediction"
-    ),
-    "if-m": Architecture(*_IF, deepfloyd(192), None, (77, 4096)),
-    "if-l": Architecture(*_IF, deepfloyd(320), None, (77, 4096)),
-    "if-xl": Architecture(*_IF, deepfloyd(704), None, (77, 4096)),
+    "sd1.5": Architecture(StableDiffusion, SD15, KL, (77, 768)),
+    "sd2.1": Architecture(StableDiffusion, SD21, KL, (77, 1024)),
+    "sdxl": Architecture(StableDiffusionXL, SDXL, KL, (78, 2048)),
+    "sd3": Architecture(StableDiffusion3, SD3, KL_16, (334, 4096), "SD3Transformer2DModel", "flow_prediction"),
+    "if-m": Architecture(DeepFloydIF, deepfloyd(192), None, (77, 4096)),
+    "if-l": Architecture(DeepFloydIF, deepfloyd(320), None, (77, 4096)),
+    "if-xl": Architecture(DeepFloydIF, deepfloyd(704), None, (77, 4096)),
 }
 
 

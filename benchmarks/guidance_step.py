@@ -107,10 +107,9 @@ def _from_architecture(case: Case, opt: SimpleNamespace, dtype: torch.dtype):
         )
     elif opt.taesd:
         raise UserError("--taesd: this model works on pixels and has no autoencoder; leave it out")
-    module = __import__(f"guidance.{plan.module}", fromlist=[plan.prior])
     sigma = torch.linspace(0.05, 0.99, 1000)
     signal = 1 - sigma if plan.prediction == "flow_prediction" else (1 - sigma**2).sqrt()
-    return getattr(module, plan.prior)(denoiser, autoencoder, signal, sigma, plan.prediction, case.device)
+    return plan.prior(denoiser, autoencoder, signal, sigma, plan.prediction, case.device)
 
 
 def _folder(name: str):

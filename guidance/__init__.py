@@ -170,6 +170,11 @@ class Guidance:
         render = self.prior.decode(draw.latents) if as_latent else resize(image.permute(0, 3, 1, 2), noised.shape[-1])
         return torch.cat([render, noised, estimate], dim=-1).permute(0, 2, 3, 1)
 
+    @property
+    def wants(self) -> tuple[str, ...]:
+        """The hints that the prior looks at: who renders can spare the others."""
+        return self.prior.wants
+
     def state(self) -> dict[str, Any]:
         """What the future depends on, for the checkpoint: the generator of noise and timesteps, and what an adaptation has learned."""
         return self.distillation.state()

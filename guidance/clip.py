@@ -13,7 +13,7 @@ from torch import Tensor
 from errors import UserError, say
 from guidance.parts import part_source, read_part
 from guidance.views import view_weights
-from guidance.weights import Source, check_vocabulary, quiet, read_json
+from guidance.weights import Source, check_vocabulary, clip_words, quiet, read_json
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "toybox" / "models" / "tiny-clip"
 LARGE = "openai/clip-vit-large-patch14"
@@ -70,7 +70,7 @@ class Clip:
     def embed(self, texts: list[str]) -> Float[Tensor, "n D"]:
         """Unit features of texts; what is too long is cut and said. Raises UserError if the embedded model does not know a word."""
         if Path(self.source.path_or_id) == EMBEDDED:
-            check_vocabulary({"--text": " ".join(texts)}, *_words(self.tokenizer))
+            check_vocabulary({"--text": " ".join(texts)}, *clip_words(self.tokenizer.get_vocab()))
         for text in texts:
             if self.excess(text) > 0:
                 say(f'{self.source.flag}: CLIP reads {self.context} tokens; it does not see the end of "{text}"')
@@ -129,10 +129,3 @@ def _normalisation(source: Source) -> tuple[list[float], list[float]]:
     )
     config = read_json(Path(path)) if path else {}
     return list(config.get("image_mean", _MEAN)), list(config.get("image_std", _STD))
-
-
-def _words(tokenizer) -> tuple[list[str], set[str]]:
-    """(words, punctuation marks) of a word-level tokenizer, as `weights.known_words` reads them from a file."""
-    closed = {token[: -len("</w>")] for token in tokenizer.get_vocab() if token.endswith("</w>")}
-    words = sorted(word for word in closed if word.isalpha() and (len(word) > 1 or word == "a"))
-    return words, {mark for mark in closed if len(mark) == 1 and not mark.isalnum()}

@@ -259,6 +259,8 @@ class Distillation:
             say("the checkpoint's noise was drawn on another kind of device; it starts anew here")
         if self.adaptation is not None and "adaptation" in state:
             self.adaptation.load_state(state["adaptation"])
+        elif self.adaptation is not None:
+            say("the checkpoint is of a method that learned nothing: the adaptation starts anew")
 
 
 class SpecifyGradient(torch.autograd.Function):

@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +200,11 @@ def known_words(folder: Path) -> tuple[list[str], set[str]]:
         pieces = {token for token, _ in vocabulary}
         words = sorted(piece[1:] for piece in pieces if piece[:1] == _SPACE and piece[1:].isalpha())
         return words, {piece for piece in pieces if len(piece) == 1 and not piece.isalnum() and piece != _SPACE}
+    return clip_words(vocabulary)
+
+
+def clip_words(vocabulary: Iterable[str]) -> tuple[list[str], set[str]]:
+    """The same of the tokens of a word-level CLIP tokenizer."""
     closed = {token[: -len("</w>")] for token in vocabulary if token.endswith("</w>")}
     words = sorted(word for word in closed if word.isalpha() and (len(word) > 1 or word == "a"))
     return words, {mark for mark in closed if len(mark) == 1 and not mark.isalnum()}

@@ -131,7 +131,7 @@ class Trainer:
                 view.background,
                 step,
                 self.generators["render"],
-                normals=True if opt.control == "normal" else None,
+                normals=True if "normal" in self.guidance.wants else None,
             )
             image = torch.cat([render.image, render.alpha], -1) if view.as_latent else render.image
             image = _limit_gradient(image, opt.grad_clip_rgb, self.scaler)

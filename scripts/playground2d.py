@@ -33,7 +33,7 @@ from guidance.prior import Hints, Prior, resize  # noqa: E402
 from guidance.weights import kind_of, resolve  # noqa: E402
 from nerf.media import pixels, save_png  # noqa: E402
 from nerf.progress import Bar  # noqa: E402
-from options import Options, parse  # noqa: E402
+from options import Options, Parser, parse  # noqa: E402
 from toybox.sheet import labelled_sheet  # noqa: E402
 
 SHOWN = (0.0, 0.1, 0.25, 0.5, 1.0)  # shares of the steps after which the picture is shown
@@ -54,14 +54,9 @@ Frames = list[UInt8[np.ndarray, "B h w 3"]]  # one of each time of SHOWN
 # -- what was typed ----------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message.removeprefix('argument ')} (--help lists every flag)")
-
-
 def read_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Options]]:
     """What concerns the sheet, and the options of each method, by its name. Raises UserError for what makes no sense."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all of them")
     parser.add_argument("--iters", default="300", help="steps of each method (default 300)")
     parser.add_argument(

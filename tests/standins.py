@@ -83,6 +83,8 @@ def lopsided(x, hardness=60.0):
 class BallGuidance:
     """Pulls towards pictures of a red ball of radius 0.5 on white, plus noise; its cameras stand at radius 3.2 with a field of view of 30."""
 
+    wants = ()
+
     def __init__(self, radius=0.5, seed=0, spoil=()):
         self.radius, self.spoil, self.calls = radius, set(spoil), 0
         self.generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import FAMILIES, KINDS, build_folder
+from tiny_models import FAMILIES, KINDS, Folders
 
 from guidance import build_guidance
 from guidance.prior import to_epsilon
@@ -20,15 +20,7 @@ TEXT_TO_IMAGE = (*KINDS, *(kind for kind in FAMILIES if kind != "pix2pix"))
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """kind -> folder, written when it is first asked for."""
-    root = tmp_path_factory.mktemp("models")
-
-    class Folders(dict):
-        def __missing__(self, kind):
-            self[kind] = build_folder(root / kind, kind)
-            return self[kind]
-
-    return Folders()
+    return Folders(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(autouse=True)

@@ -130,7 +130,7 @@ def test_no_guidance_is_built_for_results_alone(options, monkeypatch):
 
     order = []
     monkeypatch.setattr(nerf, "build_scene", lambda opt: order.append(torch.initial_seed()) or "scene")
-    told = SimpleNamespace(prior=SimpleNamespace(wants=()))
+    told = SimpleNamespace(wants=())
     monkeypatch.setattr(guidance, "build_guidance", lambda opt, device: order.append(str(device)) or told)
     monkeypatch.setattr(nerf.trainer, "Trainer", lambda *parts: parts)
     opt = options("--seed", 11)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_models import FAMILIES, KINDS, build_folder
+from tiny_models import FAMILIES, KINDS, Folders
 
 from errors import UserError
 from guidance import weights
@@ -23,15 +23,7 @@ NEGATIVE = dict.fromkeys(PRIORS, "blue view") | {"xl-eps": "", "sd3-no-t5": "", 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """kind -> folder, written when it is first asked for."""
-    root = tmp_path_factory.mktemp("models")
-
-    class Folders(dict):
-        def __missing__(self, kind):
-            self[kind] = build_folder(root / kind, kind)
-            return self[kind]
-
-    return Folders()
+    return Folders(tmp_path_factory.mktemp("models"))
 
 
 def source_of(folder):

@@ -258,3 +258,15 @@ def word_tokenizer(folder: Path, words: list[str], length: int, name: str = "tok
     (source / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     (source / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
     return CLIPTokenizer.from_pretrained(str(source), model_max_length=length)
+
+
+class Folders(dict):
+    """kind -> folder, written when it is first asked for."""
+
+    def __init__(self, root: Path):
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, kind: str) -> Path:
+        self[kind] = build_folder(self.root / kind, kind)
+        return self[kind]

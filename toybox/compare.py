@@ -26,6 +26,7 @@ from jaxtyping import UInt8
 from errors import UserError, say
 from files import atomic
 from guidance.methods import METHODS
+from options import Parser
 from toybox import evaluate
 from toybox.sheet import labelled_sheet, sheet_size
 
@@ -225,14 +226,9 @@ def save_small(path: Path, folder: Path, table: Mapping[str, Mapping[str, Result
 # -- the program -------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message.removeprefix('argument ')} (--help lists every flag)")
-
-
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """What was typed; `extra` is what goes to main.py."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--methods", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help="default: " + ", ".join(CASES)
     )
