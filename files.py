@@ -45,3 +45,8 @@ def atomic(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def is_mesh_file(path: str | None) -> bool:
+    """Whether this is the name of a mesh file, by its ending."""
+    return path is not None and path.lower().endswith((".obj", ".ply", ".glb", ".gltf", ".stl", ".off"))

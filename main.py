@@ -64,7 +64,7 @@ def build(opt):
     torch.manual_seed(
         opt.seed
     )  # the weights that a scene starts from; later random numbers have generators of their own
-    scene = build_scene(opt)
+    scene = build_scene(opt, device=device)
     guidance = None
     if not (opt.test or opt.six_views):
         from guidance import build_guidance

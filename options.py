@@ -1,7 +1,7 @@
 """The command line: one read-only object that holds the value of every flag.
 
-    default < configs/distill/published.yaml (for --distill) < configs/embedded*.yaml (with an embedded model) < --IF < -O, -O2
-            < --config, --file < what was typed
+    default < configs/distill/published.yaml (for --distill) < configs/embedded*.yaml (with an embedded model) < --IF
+            < configs/dmtet.yaml (for --dmtet) < the run that --init_with names < -O, -O2 < --config, --file < what was typed
 
 With --test and --six_views what a run saved in WORKSPACE/config.yaml comes before -O. The flags themselves are in flags.py. Nothing
 heavy is imported here, so that --help answers at once.
@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from errors import UserError
-from files import atomic
+from files import atomic, is_mesh_file
 from flags import FLAGS, GROUPS, PRESETS, Flag, convert, show
 from schedule import Schedule
 
@@ -27,6 +27,8 @@ CONFIGS = ROOT / "configs"
 SAVED = "config.yaml"
 _ABOUT_CALL = ("O", "O2", "config", "file")  # steer the parsing itself; not attributes of the result
 _SEVERAL = ("pair", "schedules")
+_STRUCTURE = {flag.name for flag in GROUPS["Scene"]} | {"tet_grid_size", "material"}  # what a scene's tensors depend on
+MESH_FORMATS = ("obj", "glb", "ply", "usdz", "stl")
 
 Layer = tuple[str, dict[str, Any]]  # where the values come from ("typed", "-O", a file) and the values
 
@@ -103,7 +105,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     presets = _presets(sources, typed)
     if evaluate:
         presets.insert(0, _read_saved(_last("workspace", sources, typed)))
-    presets = [*_automatic([*presets, *sources], typed), *presets]
+    presets = [*_automatic([*presets, *sources], typed, evaluate), *presets]
 
     values = {name: convert(flag, flag.default, f"--{name}") for name, flag in FLAGS.items()}
     origins = dict.fromkeys(FLAGS, "default")
@@ -115,11 +117,12 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     return Options(_resolved(kept), {name: origins[name] for name in kept})
 
 
-def _automatic(chosen: list[Layer], typed: Layer) -> list[Layer]:
-    """What the choice of a method and of a prior brings along."""
+def _automatic(chosen: list[Layer], typed: Layer, evaluate: bool) -> list[Layer]:
+    """What the choice of a method, of a prior and of a start brings along."""
     method, pixels = _last("distill", chosen, typed), _last("IF", chosen, typed)
     layers = [_read_config(CONFIGS / "distill" / "published.yaml", section=method)]
-    if _last("hf_key", chosen, typed) is None and (pixels or _last("sd_version", chosen, typed) == "embedded"):
+    embedded = _last("hf_key", chosen, typed) is None and (pixels or _last("sd_version", chosen, typed) == "embedded")
+    if embedded:
         layers += [_read_config(CONFIGS / "embedded.yaml")]
         layers += [_read_config(CONFIGS / "embedded-if.yaml")] if pixels else []
         layers += [_read_config(CONFIGS / "distill" / "embedded.yaml", section=method)]
@@ -127,7 +130,30 @@ def _automatic(chosen: list[Layer], typed: Layer) -> list[Layer]:
         layers += [("--IF", {"latent_iter_ratio": 0.0})]  # there are no latents for normals to stand for
     if _last("control", chosen, typed) == "canny":
         layers += [("--control canny", {"latent_iter_ratio": 0.0})]  # it looks for edges in a picture
+    start = _last("init_with", chosen, typed)
+    if is_mesh_file(start):
+        layers += [("--init_with", {"dmtet": True})]
+    if is_mesh_file(start) or _last("dmtet", chosen, typed):
+        layers += [_read_config(CONFIGS / "dmtet.yaml")]
+        layers += [_read_config(CONFIGS / "embedded-dmtet.yaml")] if embedded else []
+        layers += [_read_config(CONFIGS / "embedded-mesh.yaml")] if embedded and is_mesh_file(start) else []
+    if start is not None and not is_mesh_file(start) and not evaluate:
+        layers += [_structure_of(start)]
     return layers
+
+
+def _structure_of(start: str) -> Layer:
+    """How the scene of another run is built, from the settings that it saved."""
+    path = Path(start)
+    folder = path if path.is_dir() else path.parent.parent
+    if not path.exists():
+        raise UserError(f"--init_with {start}: no such folder or file; name a workspace, a checkpoint in it, or a mesh")
+    if not (folder / SAVED).is_file():
+        raise UserError(
+            f"--init_with {start}: no {SAVED} in {folder}; a checkpoint is read together with its workspace"
+        )
+    where, values = _read_config(folder / SAVED, "; is it damaged?")
+    return where, {name: value for name, value in values.items() if name in _STRUCTURE}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -365,6 +391,12 @@ def _check(values: dict[str, Any], origins: dict[str, str]) -> None:
         refuse("control", "finds edges in pictures; with it, use --latent_iter_ratio 0")
     if values["control_key"] and values["control"] == "none":
         refuse("control_key", "say what it is to see: --control normal, depth or canny")
+    for name in ("lock_geo", "material"):
+        if values[name] not in (False, "plain") and not values["dmtet"]:
+            refuse(name, "concerns surfaces; add --dmtet")
+    formats = [name.strip().lower() for name in values["mesh_format"].split(",")]
+    if not set(formats) <= set(MESH_FORMATS):
+        refuse("mesh_format", f"must be some of {', '.join(MESH_FORMATS)}, separated by commas")
     if values["mesh_threshold"] != "auto":
         convert(_THRESHOLD, values["mesh_threshold"], _label("mesh_threshold", origins["mesh_threshold"]))
 

@@ -1,104 +1,149 @@
-"""Mesh files: OBJ and GLB, both with vertex colours and normals, y up, front +z, counter-clockwise outside.
+"""Mesh files: OBJ, GLB, PLY, USDZ and STL; metres, y up, front +z, counter-clockwise outside.
 
-Colours. A render's values are shown on a screen as they are: they are sRGB-coded. OBJ readers take `v x y z r g b` in that coding, so the
-values are written unchanged. glTF defines COLOR_0 as *linear* light, which the viewer codes for the screen; written unchanged, everything would look
-washed out. So the GLB holds the decoded values (`srgb_to_linear`), in 16 bits because 8 linear bits band in the dark. Its material is
-a plain matte one (metallic 0, roughness 1, base colour white): lit evenly, a viewer shows the colours of the albedo render.
+Colours. A render's values are shown on a screen as they are: they are sRGB-coded, and so are the pictures of colour textures everywhere. OBJ and PLY
+readers take vertex colours in that coding too, so they are written unchanged. glTF defines COLOR_0 as *linear* light, which the
+viewer codes for the screen (USD's displayColor likewise); written unchanged, everything would look washed out. So those hold decoded
+values (`srgb_to_linear`), the GLB in 16 bits because 8 linear bits band in the dark. Materials are matte (metallic 0, roughness 1, white)
+where no texture says otherwise: lit evenly, a viewer shows the colours of the albedo render.
 """
 
-import json
-import struct
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
 
+from errors import UserError, say
 from files import atomic
 from mesh import Mesh
+from mesh.pictures import png
+from mesh.srgb import linear_to_srgb, srgb_to_linear
+from mesh.write_gltf import write_glb
 
-_FLOAT, _USHORT, _UINT = 5126, 5123, 5125  # glTF component types
-_VERTICES, _INDICES = 34962, 34963  # glTF buffer targets
+__all__ = ["FORMATS", "export", "linear_to_srgb", "read_glb", "srgb_to_linear", "write_glb", "write_obj"]
 
-
-def srgb_to_linear(value: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """Decode sRGB in [0, 1] (IEC 61966-2-1): v / 12.92 up to 0.04045, ((v + 0.055) / 1.055)^2.4 above."""
-    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
-
-
-def linear_to_srgb(value: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """The inverse of `srgb_to_linear`."""
-    return np.where(value <= 0.0031308, value * 12.92, 1.055 * np.maximum(value, 0.0031308) ** (1 / 2.4) - 0.055)
+FORMATS = ("obj", "glb", "ply", "usdz", "stl")
+_MAPS = {"albedo": "map_Kd", "roughness": "map_Pr", "metallic": "map_Pm", "normal": "norm"}  # in a .mtl
 
 
-def export(mesh: Mesh, folder: Path, title: str = "") -> list[Path]:
-    """Write `mesh.obj` and `mesh.glb` into `folder` and return their paths."""
-    return [write_obj(mesh, folder / "mesh.obj", title), write_glb(mesh, folder / "mesh.glb", title)]
+def export(mesh: Mesh, folder: Path, title: str = "", formats: Sequence[str] = ("obj", "glb")) -> list[Path]:
+    """Write `mesh.obj` (with `mesh.mtl` and a PNG for each texture), `mesh.glb`, `mesh.ply`, `mesh.usdz`, `mesh.stl` into `folder`; their paths.
+
+    Only OBJ, GLB and USDZ hold textures; PLY has vertex colours, STL none, which a line says. Files that are there already are replaced,
+    which a line says. A format that cannot be written here (usd-core missing) is left out with a line. ValueError for a mesh without faces.
+    """
+    if len(mesh.faces) == 0:
+        raise ValueError("a mesh without faces cannot be written")
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise UserError(f"--mesh_format {','.join(unknown)}: not a format; choose from {', '.join(FORMATS)}")
+    folder, paths = Path(folder), []
+    writers = {"obj": write_obj, "glb": write_glb, "ply": write_ply, "usdz": _write_usdz, "stl": write_stl}
+    names = [f"mesh.{name}" for name in formats]
+    if "obj" in formats and mesh.textures:
+        names += ["mesh.mtl", *(f"{name}.png" for name in mesh.textures)]
+    replaced = [name for name in names if (folder / name).exists()]
+    if replaced:
+        say(f"{folder}: replacing {', '.join(replaced)}")
+    for name in dict.fromkeys(formats):
+        path = writers[name](mesh, folder / f"mesh.{name}", title)
+        paths += [path] if path else []
+    return paths
 
 
 def write_obj(mesh: Mesh, path: Path, title: str = "") -> Path:
-    """Wavefront OBJ: `v x y z r g b`, `vn`, `f v//n`."""
+    """Wavefront OBJ: `v x y z`, `vn` and, of a textured mesh, `vt` (v up), its .mtl and one PNG for each texture; else `v x y z r g b`.
+
+    What the .obj names is written first.
+    """
+    head = [f"# {' '.join(title.split())}", "# y up, front +z, metres", "o mesh"]
+    rows, row = mesh.vertices, "v %.7g %.7g %.7g"
+    if mesh.textures:
+        _write_material(mesh, path)
+        head[2:2] = [f"mtllib {path.stem}.mtl"]
+    if mesh.colors is not None and "albedo" not in mesh.textures:
+        head[2:2] = ["# v: position, then colour (sRGB, 0 to 1)"]
+        rows, row = np.hstack([rows, mesh.colors]), row + " %.4f %.4f %.4f"
+    corners = [mesh.faces + 1, mesh.faces + 1]
+    if mesh.uvs is not None:
+        corners.insert(1, mesh.uv_faces + 1)
     with atomic(path) as beside, open(beside, "w", encoding="utf-8") as file:
-        file.write(f"# {' '.join(title.split())}\n# v: position, then colour (sRGB, 0 to 1); y up, front +z\no mesh\n")
-        np.savetxt(file, np.hstack([mesh.vertices, mesh.colors]), "v %.6f %.6f %.6f %.4f %.4f %.4f")
+        file.write("\n".join(head) + "\n")
+        np.savetxt(file, rows, row)
+        if mesh.uvs is not None:
+            np.savetxt(file, mesh.uvs.astype(np.float64) * [1, -1] + [0, 1], "vt %.7g %.7g")
         np.savetxt(file, mesh.normals, "vn %.4f %.4f %.4f")
-        np.savetxt(file, np.repeat(mesh.faces + 1, 2, axis=1), "f %d//%d %d//%d %d//%d")
+        if mesh.textures:
+            file.write("usemtl material\n")
+        one = "%d/%d/%d" if mesh.uvs is not None else "%d//%d"
+        np.savetxt(file, np.stack(corners, -1).reshape(len(mesh.faces), -1), f"f {one} {one} {one}")
     return path
 
 
-def write_glb(mesh: Mesh, path: Path, title: str = "") -> Path:
-    """Binary glTF 2.0 with one mesh: positions, normals, linear 16-bit colours, 32-bit indices, no extension."""
-    positions = np.ascontiguousarray(mesh.vertices, np.float32)
-    colors = np.ones((len(positions), 4))
-    colors[:, :3] = srgb_to_linear(np.clip(mesh.colors, 0, 1))
-    parts = [  # array, component type, type, buffer target, fields of its own
-        (positions, _FLOAT, "VEC3", _VERTICES, {"min": positions.min(0).tolist(), "max": positions.max(0).tolist()}),
-        (np.ascontiguousarray(mesh.normals, np.float32), _FLOAT, "VEC3", _VERTICES, {}),
-        (np.round(colors * 65535).astype(np.uint16), _USHORT, "VEC4", _VERTICES, {"normalized": True}),
-        (mesh.faces.astype(np.uint32).reshape(-1), _UINT, "SCALAR", _INDICES, {}),
-    ]
-    views, accessors, start = [], [], 0
-    for i, (array, component, kind, target, fields) in enumerate(parts):
-        views.append({"buffer": 0, "byteOffset": start, "byteLength": array.nbytes, "target": target})
-        accessors.append({"bufferView": i, "componentType": component, "count": len(array), "type": kind, **fields})
-        start += array.nbytes  # every part is a multiple of 4 bytes, which alignment asks for
-    material = {"baseColorFactor": [1.0, 1.0, 1.0, 1.0], "metallicFactor": 0.0, "roughnessFactor": 1.0}
-    primitive = {"attributes": {"POSITION": 0, "NORMAL": 1, "COLOR_0": 2}, "indices": 3, "material": 0, "mode": 4}
-    head = {
-        "asset": {"version": "2.0", "generator": "Somnium"},
-        "scene": 0,
-        "scenes": [{"nodes": [0]}],
-        "nodes": [{"mesh": 0, "name": title or "mesh"}],
-        "meshes": [{"name": title or "mesh", "primitives": [primitive]}],
-        "materials": [{"pbrMetallicRoughness": material}],
-        "accessors": accessors,
-        "bufferViews": views,
-        "buffers": [{"byteLength": start}],
-    }
-    text = json.dumps(head, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 4)
-    body = b"".join(array.tobytes() for array, *_ in parts)
-    with atomic(path) as beside, open(beside, "wb") as file:
-        file.write(struct.pack("<4sII", b"glTF", 2, 12 + 8 + len(text) + 8 + len(body)))
-        file.write(struct.pack("<I4s", len(text), b"JSON") + text)
-        file.write(struct.pack("<I4s", len(body), b"BIN\0") + body)
+def _write_material(mesh: Mesh, path: Path) -> None:
+    """`path` with .mtl, and the textures beside it: Kd 1 so that the colours are the texture's; Pr, Pm and norm as in the PBR extension of MTL."""
+    lines = ["newmtl material", "Ka 0 0 0", "Kd 1 1 1", "Ks 0 0 0", "d 1", "illum 1", "Pr 1", "Pm 0"]
+    for name, picture in mesh.textures.items():
+        with atomic(path.with_name(f"{name}.png")) as beside:
+            beside.write_bytes(png(picture))
+        lines.append(f"{_MAPS[name]} {name}.png")
+    with atomic(path.with_suffix(".mtl")) as beside:
+        beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_ply(mesh: Mesh, path: Path, title: str = "") -> Path:
+    """Binary PLY with normals and 8-bit vertex colours; the title is not kept."""
+    from trimesh.exchange.ply import export_ply
+
+    return _write(path, export_ply(_solid(mesh), vertex_normal=True))
+
+
+def write_stl(mesh: Mesh, path: Path, title: str = "") -> Path:
+    """Binary STL: triangles and nothing else."""
+    from trimesh.exchange.stl import export_stl
+
+    if mesh.colors is not None or mesh.textures:
+        say(f"{path}: an .stl file holds no colours")
+    return _write(path, export_stl(_solid(mesh)))
+
+
+def _write_usdz(mesh: Mesh, path: Path, title: str = "") -> Path | None:
+    try:
+        import pxr  # noqa: F401
+    except ImportError:
+        say(f"{path} is left out: the package usd-core is not installed")
+        return None
+    from mesh.write_usd import write_usdz
+
+    return write_usdz(mesh, path, title)
+
+
+def _write(path: Path, data: bytes) -> Path:
+    with atomic(path) as beside:
+        beside.write_bytes(data)
     return path
+
+
+def _solid(mesh: Mesh):
+    """As trimesh has it."""
+    import trimesh
+
+    colors = None if mesh.colors is None else np.round(np.clip(mesh.colors, 0, 1) * 255).astype(np.uint8)
+    return trimesh.Trimesh(
+        mesh.vertices, mesh.faces, vertex_normals=mesh.normals, vertex_colors=colors, process=False, validate=False
+    )
 
 
 def read_glb(path: Path) -> tuple[Mesh, str]:
-    """A file of `write_glb` and its title; ValueError for any other."""
-    data = path.read_bytes()
+    """A file of `write_glb`, with colours at its vertices whatever it has them as, and its title; ValueError for any other."""
+    from mesh.parts import assemble
+    from mesh.read_gltf import read_gltf
+
     try:
-        length = struct.unpack_from("<I", data, 12)[0]
-        head = json.loads(data[20 : 20 + length])
-        arrays = []
-        for accessor in head["accessors"]:
-            view = head["bufferViews"][accessor["bufferView"]]
-            kind = {_FLOAT: np.float32, _USHORT: np.uint16, _UINT: np.uint32}[accessor["componentType"]]
-            start = 20 + length + 8 + view["byteOffset"]
-            arrays.append(np.frombuffer(data, kind, view["byteLength"] // kind().nbytes, start))
-        positions, normals, colors, faces = arrays
-        srgb = linear_to_srgb(colors.reshape(-1, 4)[:, :3] / 65535.0)
-        mesh = Mesh(positions.reshape(-1, 3), faces.reshape(-1, 3).astype(np.int64), srgb, normals.reshape(-1, 3))
-        return mesh, head["nodes"][0]["name"]
-    except (KeyError, IndexError, ValueError, struct.error) as error:
+        parts, title, generator = read_gltf(path, [])
+        if generator != "Somnium":
+            raise ValueError("made by another program")
+        mesh = assemble(parts, [])
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path}: not a mesh of this program ({error})") from None
+    return mesh if mesh.colors is not None else replace(mesh, colors=np.full(mesh.vertices.shape, 0.5)), title

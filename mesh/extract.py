@@ -1,7 +1,6 @@
 """From a density field to a closed, coloured triangle mesh whose outline is that of the rendered field."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +84,8 @@ def extract(
     progress(0.8)
     normals = vertex_normals(vertices, faces)
     spacing = float((high - low).max()) / max(fine.shape)
-    colors = _colors(field, vertices, normals, spacing, iso, device)
+    at = (torch.as_tensor(value, dtype=torch.float32, device=device) for value in (vertices, normals))
+    colors = colors_seen(field, *at, spacing, iso).cpu().numpy()
     progress(1.0)
     return Mesh(vertices.astype(np.float32), faces, colors, normals.astype(np.float32)), iso
 
@@ -275,20 +275,19 @@ def vertex_normals(vertices: Float[np.ndarray, "V 3"], faces: Int[np.ndarray, "F
     return np.where(length > 1e-20, total / np.maximum(length, 1e-20), [0.0, 0.0, 1.0])
 
 
-def _colors(
-    field: Field, vertices: Any, normals: Any, spacing: float, iso: float, device: torch.device
-) -> Float[np.ndarray, "V 3"]:
+def colors_seen(
+    field: Field, start: Float[Tensor, "N 3"], normal: Float[Tensor, "N 3"], spacing: float, iso: float
+) -> Float[Tensor, "N 3"]:
     """What a ray that meets the surface head-on sees: sum_i w_i c_i / sum_i w_i along the normal, from just outside inwards.
 
-    The colour exactly on the surface is seldom trained: most of what a camera sees lies about 1 / density behind it.
+    `spacing`: the size of a cell of the grid that the surface was found on; `iso`: the density there. The colour exactly on
+    the surface is seldom trained: most of what a camera sees lies about 1 / density behind it.
     """
     steps = 8
     reach = min(max(4 * spacing, 1 / max(iso, 1e-6)), 16 * spacing)
-    offsets = torch.linspace(spacing, -reach, steps, device=device)
-    start = torch.as_tensor(vertices, dtype=torch.float32, device=device)
-    normal = torch.as_tensor(normals, dtype=torch.float32, device=device)
-    found = []
-    for part in torch.arange(len(start), device=device).split(_POINTS_AT_ONCE // steps):
+    offsets = torch.linspace(spacing, -reach, steps, device=start.device)
+    found = [start.new_zeros(0, 3)]
+    for part in torch.arange(len(start), device=start.device).split(_POINTS_AT_ONCE // steps):
         points = start[part, None] + offsets[None, :, None] * normal[part, None]
         with torch.no_grad():
             values = field(points.reshape(-1, 3))
@@ -298,4 +297,4 @@ def _colors(
         before = optical.cumsum(1) - optical
         weight = (1 - torch.exp(-optical)) * torch.exp(-before) + 1e-8
         found.append((weight[..., None] * albedo).sum(1) / weight.sum(1, keepdim=True))
-    return torch.nan_to_num(torch.cat(found)).clamp(0, 1).cpu().numpy()
+    return torch.nan_to_num(torch.cat(found)).clamp(0, 1)

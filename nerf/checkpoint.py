@@ -72,6 +72,11 @@ def choose(folder: Path, wanted: str) -> tuple[dict[str, Any], Path] | None:
     return None
 
 
+def expected(folder: Path, wanted: str) -> bool:
+    """Whether `choose` will find something: what a scene starts from does not matter then."""
+    return wanted != "scratch" and (wanted != "latest" or bool(newest_first(folder)))
+
+
 def set_aside(folder: Path) -> None:
     """Move the checkpoints of an earlier run into `folder/previous`, where 'latest' does not find them (nothing is lost)."""
     found = newest_first(folder)
@@ -93,6 +98,8 @@ def check_prompt(state: dict[str, Any], path: Path, text: str) -> None:
 
 def load_scene(scene: torch.nn.Module, values: dict[str, Any], path: Path) -> None:
     """Put the tensors `values` into `scene`; UserError, naming the first tensor that does not fit, if the scene was built differently."""
+    if hasattr(scene, "adapt"):
+        scene.adapt(values)
     own = scene.state_dict()
     for name in sorted(own.keys() | values.keys()):
         here, there = own.get(name), values.get(name)

@@ -98,6 +98,11 @@ class Field(NeRFRenderer):
                     raw, hidden = raw.detach(), hidden.detach()
             return self._sigma(raw), self._albedo(hidden), _unit(-slope)
 
+    def colour(self, x: Float[Tensor, "M 3"]) -> tuple[Float[Tensor, "M C"], Float[Tensor, "M W"]]:
+        """Albedo, and the features that it is made from, of points that are known to lie on a surface."""
+        hidden = self.trunk[:-1](self.encode(x))
+        return self._albedo(hidden), hidden
+
     def sigma(self, x: Float[Tensor, "M 3"]) -> Float[Tensor, "M"]:
         """The density alone."""
         return self._sigma(self._raw(x)[0])

@@ -31,7 +31,7 @@ class Guard:
         self, scene: nn.Module, optimizer: torch.optim.Optimizer, average: MovingAverage, log: Callable[[str], None]
     ) -> None:
         self.scene, self.optimizer, self.average, self.log = scene, optimizer, average, log
-        self.initial = _copy(scene.state_dict())
+        self.begin()
         self._blank = _copy(optimizer.state_dict())
         self.skipped = self.in_a_row = self.returns = self.empty = self.revived = 0
         self.lr_factor = 1.0
@@ -48,6 +48,10 @@ class Guard:
             self._taken = step or 0
             states = (self.scene.state_dict(), self.average.state_dict(), self.optimizer.state_dict())
             self._good = _copy(states)
+
+    def begin(self) -> None:
+        """This is what a scene that vanished starts again from."""
+        self.initial = _copy(self.scene.state_dict())
 
     def good(self) -> None:
         """A step was taken."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gridencoder import VARIATION_REFERENCE, VARIATION_SAMPLES
+from mesh.losses import laplacian, normal_consistency
 from nerf.renderer import Render
 from nerf.sampling import ray_of_sample
 
@@ -88,17 +89,24 @@ def z_variance(render: Render) -> Float[Tensor, ""]:
 def regularisers(opt: Any, step: int, scene: nn.Module, render: Render) -> dict[str, Float[Tensor, ""]]:
     """The weighted losses that are active at this step, by name; add them to the guidance's.
 
-    Losses on normals are left out where the render has none (it computes them whenever one of these losses is active).
+    Losses on normals are left out where the render has none (it computes them whenever one of these losses is active), losses on the samples of
+    rays where it is a mesh's, losses on triangles where it is not.
     """
-    seen = render.normals is not None
+    seen, rays, drawn = render.normals is not None, render.weights is not None, render.surface is not None
     table = {
-        "entropy": (opt.lambda_entropy, True, entropy),
+        "entropy": (opt.lambda_entropy, rays, entropy),
         "opacity": (opt.lambda_opacity, True, opacity),
         "orient": (opt.lambda_orient, seen, orientation),
         "2d_normal_smooth": (opt.lambda_2d_normal_smooth, seen, normal_smooth_2d),
         "3d_normal_smooth": (opt.lambda_3d_normal_smooth, seen, lambda r: normal_smooth_3d(r, scene)),
-        "zvar": (opt.lambda_zvar, True, z_variance),
-        "center": (opt.lambda_center, True, center_of_mass),
+        "zvar": (opt.lambda_zvar, rays, z_variance),
+        "center": (opt.lambda_center, rays, center_of_mass),
+        "mesh_normal": (
+            opt.lambda_mesh_normal,
+            drawn,
+            lambda r: normal_consistency(r.surface.vertices, r.surface.faces),
+        ),
+        "mesh_laplacian": (opt.lambda_mesh_laplacian, drawn, lambda r: laplacian(r.surface.vertices, r.surface.faces)),
     }
     active = {name: (weight(step), loss) for name, (weight, possible, loss) in table.items() if possible}
     return {name: weight * loss(render) for name, (weight, loss) in active.items() if weight > 0}

@@ -148,8 +148,14 @@ def view_ranges(opt: Any, step: int) -> dict[str, tuple[float, float]]:
     return {name: tuple((1 - share) * default + share * end for end in ends) for name, (ends, default) in full.items()}
 
 
+def training_size(opt: Any) -> tuple[int, int]:
+    """Height and width of a training picture, in pixels: `--h`, `--w`, for a mesh times `--dmtet_reso_scale`."""
+    scale = opt.dmtet_reso_scale if opt.dmtet else 1
+    return max(1, round(opt.h * scale)), max(1, round(opt.w * scale))
+
+
 def random_cameras(opt: Any, batch: int, step: int, generator: torch.Generator) -> Cameras:
-    """`batch` cameras of opt.h x opt.w pixels, every quantity drawn for each of them; on the generator's device.
+    """`batch` cameras of `training_size` pixels, every quantity drawn for each of them; on the generator's device.
 
     Angles are uniform in their ranges; with probability `uniform_sphere_rate` the direction is uniform on the upper
     half sphere instead. With `--view_group` V all this is drawn for the first of every V consecutive cameras; the others
@@ -179,8 +185,9 @@ def random_cameras(opt: Any, batch: int, step: int, generator: torch.Generator) 
         polar, azimuth = torch.where(anywhere, polar_any, polar), torch.where(anywhere, azimuth_any, azimuth)
     radius, polar, azimuth, fovy = (x.repeat_interleave(opt.view_group) for x in (radius, polar, azimuth, fovy))
     azimuth = azimuth + torch.arange(opt.view_group, device=device).repeat(groups) * (360 / opt.view_group)
+    size = training_size(opt)
     if not opt.jitter_pose:
-        return orbit(polar, azimuth, radius, fovy, opt.h, opt.w)
+        return orbit(polar, azimuth, radius, fovy, *size)
 
     shift = (torch.rand(batch, 3, generator=generator, device=device) - 0.5) * opt.jitter_center
     target = gauss(batch) * opt.jitter_target
@@ -188,7 +195,7 @@ def random_cameras(opt: Any, batch: int, step: int, generator: torch.Generator) 
     look_polar, look_azimuth, _ = sphere_angles(position - target)
     upward = _upward(look_polar, look_azimuth) + gauss(batch) * opt.jitter_up
     polar, azimuth, radius = sphere_angles(position)
-    return Cameras(_look_at(position, target, upward), fovy, polar, azimuth, radius, opt.h, opt.w)
+    return Cameras(_look_at(position, target, upward), fovy, polar, azimuth, radius, *size)
 
 
 def turntable(opt: Any, count: int, height: int, width: int) -> Cameras:

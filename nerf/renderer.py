@@ -22,6 +22,7 @@ from raymarching import Samples, composite_rays, composite_rays_train, march_ray
 VISIBLE = 1e-3  # samples that get less light than this are not evaluated
 OPAQUE = 1e-4  # light left at which compositing stops
 FAINT = 1e-4  # compositing weight below which a sample's colour is not asked for when nothing is learnt
+POINTS_AT_ONCE = 1 << 16  # whose normals are asked for, when nothing is learnt
 BURST = 16  # samples of a living ray between two looks at whether it is still alive, when nothing is learnt
 
 
@@ -32,8 +33,8 @@ class Render:
     image   [B, H, W, C] in front of the background; alpha [B, H, W, 1] in [0, 1]
     depth   [B, H, W, 1] sum of weight x distance along the ray: the background counts as 0, a half covered pixel as half
     normal  [B, H, W, 3] sum of weight x unit normal in world space, or None
-    The rest describes the M samples of the N = B H W rays (training only): weights, positions, normals (or None), ray
-    directions, and `rays` (offset, count) into them.
+    The rest describes, in training only, of a field the M samples of the N = B H W rays: weights, positions, normals (or None), ray
+    directions, and `rays` (offset, count) into them; of a mesh the `surface` (mesh.geometry.Surface) that was drawn.
     """
 
     image: Float[Tensor, "B H W C"]
@@ -48,6 +49,7 @@ class Render:
     directions: Float[Tensor, "M 3"] | None = None
     rays: Int[Tensor, "N 2"] | None = None
     generator: torch.Generator | None = None
+    surface: Any | None = None
 
     def detach(self) -> "Render":
         """The same without gradients."""
@@ -164,7 +166,7 @@ class NeRFRenderer(nn.Module):
 
         with torch.set_grad_enabled(self.training):
             image, alpha = out["image"].reshape(*shape, -1), out["alpha"].reshape(*shape, 1)
-            behind = self._behind(background, directions.reshape(*shape, 3), image.shape[-1])
+            behind = self.behind(background, directions.reshape(*shape, 3), image.shape[-1])
             image = image + (1 - alpha) * behind
         normal = out["normal"].reshape(*shape, 3) if normals else None
         return Render(image, alpha, out["depth"].reshape(*shape, 1), normal, cameras, count, **told)
@@ -181,7 +183,27 @@ class NeRFRenderer(nn.Module):
             ambient = ambient.expand(batch, 1).repeat_interleave(pixels, 0)
         return _View(light, ambient, mode, normals)
 
-    def _behind(self, background: Tensor | None, directions: Float[Tensor, "B H W 3"], channels: int) -> Tensor:
+    @torch.no_grad()
+    def show(self, cameras: Cameras, background: Tensor | None, step: int) -> Render:
+        """A picture for the eye, with normals.
+
+        The normal of a pixel is that of the field at the pixel's mean depth, times alpha: one evaluation instead of one per sample.
+        """
+        render = self.render(cameras, background=background, step=step, normals=False)
+        origins, directions = render.cameras.rays()
+        some = render.alpha[..., 0] > 0.01
+        distance = (render.depth / render.alpha.clamp(min=1e-4))[some]
+        points = (origins[some] + distance * directions[some]).clamp(-self.bound, self.bound)
+        found = torch.zeros_like(directions)
+        if len(points):
+            found[some] = torch.cat([self.normal(part) for part in points.split(POINTS_AT_ONCE)]).float()
+        render.normal = found * render.alpha
+        return render
+
+    def behind(
+        self, background: Tensor | None, directions: Float[Tensor, "B H W 3"], channels: int
+    ) -> Float[Tensor, "*any"]:
+        """What `render` is given as background, as something that broadcasts to [B, H, W, channels]."""
         if background is None:
             own = self.background(directions)
             return own if own.shape[-1] == channels else torch.ones_like(own[..., :1])

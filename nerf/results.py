@@ -7,19 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from mesh import Mesh
 from mesh.silhouette import overlap, rasterise
 from nerf import media
 from nerf.background import plain_colour
-from nerf.progress import Bar, Log
+from nerf.progress import Bar
 from nerf.provider import Cameras, orbit, six_views, turntable
 
 MESH_VIEWS = 8  # to choose the threshold from, and as many others to measure the outline with
 MESH_VIEW_SIZE = 96  # pixels
-POINTS_AT_ONCE = 1 << 16
 SIX_NAMES = ("front", "left", "back", "right", "top", "bottom")
 
 
@@ -31,28 +29,11 @@ def plain_background(opt: Any) -> Tensor | None:
 
 
 def frames(scene: Any, cameras: Cameras, background: Tensor | None, step: int, bar: Bar | None = None) -> Iterator[Any]:
-    """One render after another, with normals; `bar` counts them.
-
-    The normal of a pixel is that of the field at the pixel's mean depth, times alpha: one evaluation instead of one per sample.
-    """
+    """One render after another, with normals; `bar` counts them."""
     for i in range(len(cameras)):
-        render = scene.render(cameras[i : i + 1], background=background, step=step, normals=False)
-        render.normal = surface_normals(scene, render)
-        yield render
+        yield scene.show(cameras[i : i + 1], background, step)
         if bar is not None:
             bar.update(i + 1)
-
-
-def surface_normals(scene: Any, render: Any) -> Float[Tensor, "B H W 3"]:
-    """alpha times the field's unit normal where each ray's mean depth lies; 0 where there is next to nothing."""
-    origins, directions = render.cameras.rays()
-    some = render.alpha[..., 0] > 0.01
-    distance = (render.depth / render.alpha.clamp(min=1e-4))[some]
-    points = (origins[some] + distance * directions[some]).clamp(-scene.bound, scene.bound)
-    found = torch.zeros_like(directions)
-    if len(points):
-        found[some] = torch.cat([scene.normal(part) for part in points.split(POINTS_AT_ONCE)]).float()
-    return found * render.alpha
 
 
 def validation(scene: Any, opt: Any, folder: Path, step: int, stop: Callable[[], bool]) -> list[Path]:
@@ -106,7 +87,37 @@ def mesh_cameras(opt: Any, count: int, shift: float) -> Cameras:
     return orbit(polar, 360 * turn, middle[0], middle[1], size, size)
 
 
-def extract_mesh(scene: Any, opt: Any, step: int, log: Log) -> tuple[Mesh, dict[str, float]] | None:
+def finished_mesh(scene: Any, opt: Any, step: int, log: Callable[[str], None]) -> tuple[Mesh, dict[str, float]] | None:
+    """The scene as a mesh for files, with textures or (`--texture_size` 0) colours at the vertices, and what was measured of it.
+
+    None, with a line said, if there is nothing. A surface that is locked keeps its triangles and its texture coordinates.
+    """
+    from mesh import finish
+    from mesh.bake import bake
+
+    if hasattr(scene, "surface"):
+        mesh, ask, measured = finish.of_surface(scene, opt.decimate_target), scene.material, {}
+        if mesh is None:
+            log("no mesh: the surface has vanished")
+            return None
+        log(f"mesh: {len(mesh.faces)} faces")
+    else:
+        found = extract_mesh(scene, opt, step, log)
+        if found is None:
+            return None
+        mesh, measured = found
+        ask = finish.what_rays_see(scene.density, mesh, opt.mcubes_resolution, measured["mesh/threshold"])
+    measured["mesh/faces"] = float(len(mesh.faces))
+    device = next(scene.parameters()).device
+    if opt.texture_size == 0:
+        return finish.with_colors(mesh, ask, device), measured
+    log(
+        f"texture: {opt.texture_size} x {opt.texture_size} pixels, at most about {opt.unwrap_seconds} s for its coordinates"
+    )
+    return bake(mesh, ask, opt.texture_size, device, opt.unwrap_seconds), measured
+
+
+def extract_mesh(scene: Any, opt: Any, step: int, log: Callable[[str], None]) -> tuple[Mesh, dict[str, float]] | None:
     """The scene's surface and what was measured of it (threshold, iou, faces); None, with a line said, if there is nothing."""
     from mesh.extract import extract
 

@@ -5,7 +5,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-Shading = Literal["albedo", "lambertian", "textureless", "normal"]
+Shading = Literal["albedo", "lambertian", "textureless", "normal", "pbr"]  # pbr: surfaces alone (mesh/material.py)
 
 
 def needs_normal(mode: Shading) -> bool:

@@ -238,6 +238,8 @@ class Trainer:
         state, path = found
         checkpoint.check_prompt(state, path, self.opt.text)
         checkpoint.load_scene(self.scene, state["scene"], path)
+        if getattr(self.scene, "blank", False):  # it has no beginning but this
+            self.guard.begin()
         self.average.load_state_dict(state["average"])
         self.step, self.times = state["step"], state["times"]
         self.metrics.load_state_dict(state["metrics"])
@@ -317,20 +319,21 @@ class Trainer:
             return paths
 
     def export_mesh(self) -> list[Path]:
-        """mesh/mesh.obj and mesh/mesh.glb; an empty list, with a line said, if the scene is empty."""
+        """The files that `--mesh_format` asks for, in mesh/; an empty list, with a line said, if the scene is empty."""
         from mesh.export import export
 
+        formats = [name.strip().lower() for name in self.opt.mesh_format.split(",")]
         with self.interrupts.watch(training=False):
             with self.showing("mesh") as scene:
                 paths = []
                 for one, name in each(scene):
                     if name:
                         self.log(f"{name}:")
-                    found = results.extract_mesh(one, self.opt, self.step, self.log)
+                    found = results.finished_mesh(one, self.opt, self.step, self.log)
                     if found is not None:
                         surface, measured = found
                         self.metrics.record(self.step, {f"{name}/{key}".strip("/"): v for key, v in measured.items()})
-                        paths += export(surface, self.workspace / "mesh" / name, self.opt.text or "")
+                        paths += export(surface, self.workspace / "mesh" / name, self.opt.text or "", formats)
                 return paths
 
     def report(self) -> Path:

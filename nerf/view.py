@@ -34,7 +34,8 @@ def draw_view(opt: Any, step: int, generators: dict[str, torch.Generator], chann
 
     The published schedule, with r = step / iters: while r < latent_iter_ratio normals and, as fourth channel, the mask stand for latents;
     while r < albedo_iter_ratio albedo alone; then ambient light uniform in [min_ambient_ratio, 1], textureless with probability
-    `textureless_ratio`, else lambertian. Every step draws the same numbers, so that no choice shifts the later ones.
+    `textureless_ratio`, else lambertian. A physical material has its own light instead. Every step draws the same
+    numbers, so that no choice shifts the later ones.
     """
     ratio, draw = step / opt.iters, generators["shading"]
     cameras = random_cameras(opt, opt.batch_size, step, generators["cameras"])
@@ -44,6 +45,8 @@ def draw_view(opt: Any, step: int, generators: dict[str, torch.Generator], chann
     background = training_background(opt, opt.batch_size, draw, channels, has_network)
     if ratio < opt.latent_iter_ratio:
         return View(cameras, light, "normal", torch.ones_like(ambient), None, as_latent=True)
+    if opt.material == "pbr":
+        return View(cameras, light, "pbr", torch.ones_like(ambient), background)
     if ratio < opt.albedo_iter_ratio:
         return View(cameras, light, "albedo", torch.ones_like(ambient), background)
     return View(cameras, light, "textureless" if bare else "lambertian", ambient, background)

@@ -17,11 +17,13 @@ fail() {
 
 lists=("$root/requirements.txt")
 kind=run
+validator=
 case "${1-}" in
     '') ;;
     --tests)
         lists+=("$root/requirements-test.txt")
         kind=tests
+        validator=gltf-validator@2.0.0-dev.3.10 # Khronos' judge of .glb files, where there is npm
         ;;
     *) fail "$1: setup.sh takes no argument but --tests" ;;
 esac
@@ -43,7 +45,7 @@ fi
 
 # One stamp per kind of set-up; it changes with the lists of packages, the Python and the presence of a GPU.
 stamp=$venv/somnium-$kind
-wanted=$({ cat "${lists[@]}"; "$python" -V; echo "gpu $gpu ${TORCH_INDEX_URL-}"; } | cksum)
+wanted=$({ cat "${lists[@]}"; "$python" -V; echo "gpu $gpu ${TORCH_INDEX_URL-} $validator"; } | cksum)
 if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then exit 0; fi
 
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
@@ -80,5 +82,10 @@ say "installing the other packages (about 1 GB on disk)"
 arguments=()
 for list in "${lists[@]}"; do arguments+=(--requirement "$list"); done
 pip install --quiet "${arguments[@]}"
+if [[ -n $validator ]]; then
+    if ! npm install --silent --no-audit --no-fund --no-save --prefix "$venv/node" "$validator" 2>/dev/null; then
+        say "npm is missing or could not install $validator: the test that needs it will be skipped"
+    fi
+fi
 printf '%s\n' "$wanted" >"$stamp"
 say "the packages are installed in $venv"

@@ -18,7 +18,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 CHECKED = (
     *("encoding", "optimizer", "schedule", "nerf", "mesh", "guidance", "toybox"),
-    *("raymarching", "gridencoder", "freqencoder", "shencoder"),
+    *("raymarching", "gridencoder", "freqencoder", "shencoder", "rasterizer"),
 )
 # Annotated shapes become assertions; an int passes where a float is asked for.
 _hook = install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")

@@ -23,6 +23,7 @@ from nerf.provider import orbit
 from nerf.renderer import Render
 
 NAMES = ("entropy", "opacity", "orient", "2d_normal_smooth", "3d_normal_smooth", "zvar", "center", "tv", "wd")
+NAMES += ("mesh_normal", "mesh_laplacian")
 
 
 def picture(weights, rays, height, width, **values):
@@ -153,6 +154,18 @@ def test_only_active_losses_weighted():
     assert set(got) == {"entropy", "opacity"}  # no normals in this picture
     assert math.isclose(float(got["opacity"]), 3 * float(opacity(render)), rel_tol=1e-6)
     assert math.isclose(float(got["entropy"]), 2 * float(entropy(render)), rel_tol=1e-6)
+
+
+def test_a_mesh_has_losses_of_its_own():
+    """Two triangles at a right angle: 1 - cos 90; every vertex has the others as neighbours, or the two of the fold."""
+    vertices = torch.tensor([[0.0, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1]])
+    surface = SimpleNamespace(vertices=vertices, faces=torch.tensor([[0, 1, 2], [1, 0, 3]]))
+    render = picture([0.5, 0.25], [[0, 1], [1, 1]], 1, 2)
+    render.weights, render.surface = None, surface
+    every = dict.fromkeys(NAMES, 1.0) | {"mesh_normal": 2.0}
+    got = regularisers(options(**every), 0, Scene(), render)
+    assert set(got) == {"opacity", "mesh_normal", "mesh_laplacian"}
+    assert float(got["mesh_normal"]) == pytest.approx(2)
 
 
 def test_weights_follow_the_step():

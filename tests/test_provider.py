@@ -28,6 +28,7 @@ def options(**changes):
         "progressive_view_init_ratio": 0.2,
         "iters": 1000,
         "view_group": 1,
+        "dmtet": False,
         "h": 48,
         "w": 64,
     }

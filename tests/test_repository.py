@@ -15,7 +15,7 @@ from conftest import CHECKED
 from flags import FLAGS, PRESETS
 from options import ROOT, Options
 
-KERNELS = ("raymarching", "gridencoder", "freqencoder", "shencoder")
+KERNELS = ("raymarching", "gridencoder", "freqencoder", "shencoder", "rasterizer")
 STEER_PARSING = {*PRESETS, "config", "file"}
 TEXTS = {
     ".py",
@@ -110,9 +110,9 @@ def test_everything_imported_is_listed_with_a_version():
         assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines if line)
         return {line.partition("==")[0].lower().replace("-", "_") for line in lines if line}
 
-    packages = {"yaml": "pyyaml", "PIL": "pillow", "mcubes": "pymcubes"}
+    packages = {"yaml": "pyyaml", "PIL": "pillow", "mcubes": "pymcubes", "igl": "libigl", "pxr": "usd_core"}
     run, test = listed("requirements.txt"), listed("requirements-test.txt")
-    optional = {"tokenizers", "huggingface_hub"}  # come with transformers
+    optional = {"tokenizers", "huggingface_hub", "nvdiffrast"}  # two come with transformers, one only if a user has it
     for name, tree in modules().items():
         foreign = imports(tree) - ours() - set(sys.stdlib_module_names) - optional
         foreign -= (

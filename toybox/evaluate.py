@@ -62,7 +62,9 @@ def truth(
     return compose(layers, torch.tensor(COLORS[color] if color else OBJECTS[kind].default), torch.ones(3)), layers.alpha
 
 
-def views(workspace: Path, azimuth: Float[Tensor, "B"]) -> tuple[Float[Tensor, "B H W 3"], Float[Tensor, "B H W"]]:
+def views(
+    workspace: Path, azimuth: Float[Tensor, "B"], size: int = SIZE
+) -> tuple[Float[Tensor, "B H W 3"], Float[Tensor, "B H W"]]:
     """The same of what a finished run made."""
     import nerf
     from nerf.provider import orbit
@@ -72,7 +74,7 @@ def views(workspace: Path, azimuth: Float[Tensor, "B"]) -> tuple[Float[Tensor, "
     opt = parse(["--workspace", str(workspace), "--test"])
     trainer = Trainer(opt, nerf.build_scene(opt), None, "cpu")
     with trainer.showing("evaluation") as scene:
-        cameras = orbit(torch.full_like(azimuth, POLAR), azimuth, RADIUS, FOVY, SIZE, SIZE)
+        cameras = orbit(torch.full_like(azimuth, POLAR), azimuth, RADIUS, FOVY, size, size)
         render = scene.render(cameras, background=torch.ones(3))
     return render.image.clamp(0, 1), render.alpha[..., 0]
 

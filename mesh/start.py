@@ -1,0 +1,174 @@
+"""What a mesh scene begins as: a shape, a mesh file, or what an earlier run made."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errors import UserError, say
+from files import is_mesh_file
+from mesh import Mesh
+from mesh.geometry import Fixed, Tetrahedral
+from mesh.scene import MeshScene
+from mesh.texture import PhysicalHead, fit_colours
+from nerf import build_field, checkpoint
+from nerf.field import Field
+from nerf.results import extract_mesh
+
+SIZE = 0.7  # distance from the origin to the farthest point of a mesh file, in world units: what cameras see whole
+MARGIN = 0.1  # room for growth around the object, world units
+WARM_UP = 16  # updates of the occupancy grid before an earlier run's field is looked at
+
+
+def build_mesh_scene(opt: Any, channels: int = 3, device: torch.device | str = "cpu") -> MeshScene:
+    """The scene of `--dmtet` as it begins, on the CPU; a blank one if a checkpoint of the workspace is going to be loaded into it.
+
+    Raises UserError where `--init_with` names nothing usable.
+    """
+    blank = checkpoint.expected(Path(opt.workspace) / "checkpoints", opt.ckpt)
+    field = build_field(opt, channels)
+    head, environment = None, None
+    if opt.material == "pbr":
+        from mesh.environment import load_environment
+
+        head = PhysicalHead(field.trunk[-1].in_features)
+        environment = load_environment(opt.environment, opt.environment_scale, opt.environment_rotation)
+    if blank:
+        geometry = Fixed() if opt.lock_geo else Tetrahedral(opt.tet_grid_size, torch.full((3,), float(opt.bound)))
+    elif opt.init_with is None:
+        geometry = _shaped(opt)
+        geometry = _locked(geometry) if opt.lock_geo else geometry
+    elif is_mesh_file(opt.init_with):
+        mesh = _placed(opt)
+        geometry = _geometry(opt, mesh)
+        _paint(field, mesh, opt)
+    else:
+        geometry = _continued(opt, field, head, device)
+    scene = MeshScene(opt, field, geometry, head, environment)
+    scene.blank = blank
+    return scene
+
+
+def _shaped(opt: Any) -> Tetrahedral:
+    """`--shape_init`, in a grid that fills the scene's box."""
+    from mesh.shapes import shape_sdf
+
+    sdf = shape_sdf(opt.shape_init, float(opt.bound))
+    geometry = Tetrahedral(opt.tet_grid_size, torch.full((3,), float(opt.bound)))
+    geometry.fill(sdf(geometry.nodes))
+    if len(geometry().faces) == 0:
+        raise UserError(f"--shape_init {opt.shape_init}: nothing of it lies inside the scene (--bound {opt.bound:g})")
+    return geometry
+
+
+def _locked(geometry: Tetrahedral) -> Fixed:
+    """Its surface as it is now."""
+    with torch.no_grad():
+        surface = geometry()
+    return Fixed(surface)
+
+
+def _placed(opt: Any) -> Mesh:
+    """The mesh file; one that is not around the origin, or too large or small for the cameras, is moved and scaled, and a line says so."""
+    from mesh.files import load_mesh
+    from mesh.repair import normalise
+
+    mesh = load_mesh(Path(opt.init_with))
+    reach = float((mesh.vertices**2).sum(1).max() ** 0.5)
+    if not 0.5 * SIZE <= reach <= min(1.3 * SIZE, opt.bound):
+        mesh = normalise(mesh, SIZE)
+        say(
+            f"--init_with {opt.init_with}: centred, and scaled so that it reaches {SIZE:g} from the origin (was {reach:.3g})"
+        )
+    return mesh
+
+
+def _geometry(opt: Any, mesh: Mesh) -> Tetrahedral | Fixed:
+    """The mesh itself, or tetrahedra around it."""
+    if opt.lock_geo:
+        return Fixed(mesh)
+    from mesh.shapes import mesh_sdf
+
+    reach = torch.as_tensor(abs(mesh.vertices).max(0)).float() + MARGIN
+    geometry = Tetrahedral(opt.tet_grid_size, reach.clamp(max=float(opt.bound)))
+    geometry.fill(mesh_sdf(mesh.vertices, mesh.faces)(geometry.nodes))
+    if len(geometry().faces) == 0:
+        raise UserError(
+            f"--init_with {opt.init_with}: too thin for a grid of {opt.tet_grid_size} cells: more --tet_grid_size, or --lock_geo"
+        )
+    return geometry
+
+
+def _paint(field: Field, mesh: Mesh, opt: Any) -> None:
+    error = fit_colours(field, mesh, torch.Generator().manual_seed(opt.seed))
+    if error > 0.1:
+        say(f"the field follows the mesh's own colours only roughly (mean error {error:.2f}): more --log2_hashmap_size")
+
+
+def _continued(opt: Any, field: Field, head: PhysicalHead | None, device: torch.device | str) -> Tetrahedral | Fixed:
+    """What an earlier run made: its field into `field`, its surface into the geometry that is returned."""
+    path = Path(opt.init_with)
+    found = checkpoint.choose(path / "checkpoints", "latest") if path.is_dir() else (checkpoint.read(path), path)
+    if found is None:
+        raise UserError(f"--init_with {path}: no checkpoint there; train that run first")
+    state, path = found
+    values = _shown_values(state)
+    say(f'--init_with: from {path}, "{state["text"]}", step {state["step"]}')
+    if any(name.startswith("geometry.") for name in values):
+        return _from_surface(opt, values, field, head, path)
+    checkpoint.load_scene(field, _fitting(values, field), path)
+    mesh = _extracted(opt, field.to(device), device)
+    field.cpu()
+    _paint(field, mesh, opt)
+    return _geometry(opt, mesh)
+
+
+def _shown_values(state: dict[str, Any]) -> dict[str, Tensor]:
+    """A checkpoint's scene with its averaged parameters: what that run showed. Of several particles the first."""
+    values = {**state["scene"], **state["average"]["average"]}
+    first = "scenes.0."
+    chosen = {name.removeprefix(first): value for name, value in values.items() if name.startswith(first)}
+    return chosen or values
+
+
+def _fitting(values: dict[str, Tensor], field: Field) -> dict[str, Tensor]:
+    """Without the occupancy grid, which either may lack."""
+    own = {name: value for name, value in field.state_dict().items() if name.startswith("occupancy.")}
+    return {name: value for name, value in values.items() if not name.startswith("occupancy.")} | own
+
+
+def _extracted(opt: Any, field: Field, device: torch.device | str) -> Mesh:
+    """The surface of a field, coloured."""
+    generator = torch.Generator(device).manual_seed(opt.seed)
+    field.eval()
+    with torch.no_grad():
+        for step in range(WARM_UP if field.occupancy is not None else 0):
+            field.update_occupancy(step, generator)
+        found = extract_mesh(field, opt, 0, say)
+    field.train()
+    if found is None:
+        raise UserError(f"--init_with {opt.init_with}: that run's scene is empty; train it anew")
+    return found[0]
+
+
+def _from_surface(
+    opt: Any, values: dict[str, Tensor], field: Field, head: PhysicalHead | None, path: Path
+) -> Tetrahedral | Fixed:
+    """Another mesh run's surface, locked or not."""
+
+    def part(name: str) -> dict[str, Tensor]:
+        start = f"{name}."
+        return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+
+    checkpoint.load_scene(field, _fitting(part("field"), field), path)
+    if head is not None and part("head"):
+        head.load_state_dict(part("head"))
+    own = part("geometry")
+    before = Fixed() if "faces" in own else Tetrahedral(opt.tet_grid_size, own["reach"])
+    before.adapt(own)
+    before.load_state_dict(own)
+    if isinstance(before, Fixed) == opt.lock_geo:
+        return before
+    locked = _locked(before)
+    return locked if opt.lock_geo else _geometry(opt, locked.mesh())
