@@ -1,7 +1,7 @@
 """The command line: one read-only object that holds the value of every flag.
 
     default < configs/distill/published.yaml (for --distill) < configs/embedded*.yaml (with an embedded model) < --IF
-            < configs/dmtet.yaml (for --dmtet) < the run that --init_with names < -O, -O2 < --config, --file < what was typed
+            < configs/dmtet.yaml (for --dmtet) < the run that --init_with names < -O, -O2 < --config, --file < what was typed (layers.py)
 
 With --test and --six_views what a run saved in WORKSPACE/config.yaml comes before -O. The flags themselves are in flags.py. Nothing
 heavy is imported here, so that --help answers at once.
@@ -10,27 +10,37 @@ heavy is imported here, so that --help answers at once.
 import argparse
 import re
 import shlex
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from errors import UserError
-from files import atomic, is_mesh_file
+from files import atomic
 from flags import FLAGS, GROUPS, PRESETS, Flag, convert, show
+from layers import (
+    CONFIGS,
+    ROOT,
+    SAVED,
+    Layer,
+    automatic,
+    find,
+    label,
+    last,
+    presets,
+    read_config,
+    read_saved,
+    shown,
+    suggest,
+)
 from schedule import Schedule
 
+__all__ = ["CONFIGS", "ROOT", "SAVED", "Options", "Parser", "parse", "parser"]
+
 VERSION = "0.1"
-ROOT = Path(__file__).resolve().parent
-CONFIGS = ROOT / "configs"
-SAVED = "config.yaml"
 _ABOUT_CALL = ("O", "O2", "config", "file")  # steer the parsing itself; not attributes of the result
 _SEVERAL = ("pair", "schedules")
-_STRUCTURE = {flag.name for flag in GROUPS["Scene"]} | {"tet_grid_size", "material"}  # what a scene's tensors depend on
 MESH_FORMATS = ("obj", "glb", "ply", "usdz", "stl")
-
-Layer = tuple[str, dict[str, Any]]  # where the values come from ("typed", "-O", a file) and the values
 
 
 class Options:
@@ -71,7 +81,7 @@ class Options:
             changed = [name for name in names if getattr(self, name) != defaults[name]]
             if origin in ("default", "typed") or not changed:
                 continue
-            if origin == _shown(Path(self.workspace) / SAVED):
+            if origin == shown(Path(self.workspace) / SAVED):
                 lines.append(f"settings restored from {origin}")
             else:
                 lines.append(f"{origin}: " + ", ".join(f"{name} {show(getattr(self, name))}" for name in changed))
@@ -101,59 +111,20 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     Raises UserError for everything a user can get wrong; leaves by SystemExit only for --help and --version.
     """
     typed, sources = _read_arguments(argv, "typed")
-    evaluate = _last("test", sources, typed) or _last("six_views", sources, typed)
-    presets = _presets(sources, typed)
+    evaluate = last("test", sources, typed) or last("six_views", sources, typed)
+    chosen = [*presets(sources, typed), *sources]
     if evaluate:
-        presets.insert(0, _read_saved(_last("workspace", sources, typed)))
-    presets = [*_automatic([*presets, *sources], typed, evaluate), *presets]
+        chosen.insert(0, read_saved(last("workspace", sources, typed)))
+    before, chosen = automatic(chosen, typed, evaluate)
 
     values = {name: convert(flag, flag.default, f"--{name}") for name, flag in FLAGS.items()}
     origins = dict.fromkeys(FLAGS, "default")
-    for where, layer in [*presets, *sources, typed]:
+    for where, layer in [*before, *chosen, typed]:
         values |= layer
         origins |= dict.fromkeys(layer, where)
     _check(values, origins)
     kept = {name: value for name, value in values.items() if name not in _ABOUT_CALL}
     return Options(_resolved(kept), {name: origins[name] for name in kept})
-
-
-def _automatic(chosen: list[Layer], typed: Layer, evaluate: bool) -> list[Layer]:
-    """What the choice of a method, of a prior and of a start brings along."""
-    method, pixels = _last("distill", chosen, typed), _last("IF", chosen, typed)
-    layers = [_read_config(CONFIGS / "distill" / "published.yaml", section=method)]
-    embedded = _last("hf_key", chosen, typed) is None and (pixels or _last("sd_version", chosen, typed) == "embedded")
-    if embedded:
-        layers += [_read_config(CONFIGS / "embedded.yaml")]
-        layers += [_read_config(CONFIGS / "embedded-if.yaml")] if pixels else []
-        layers += [_read_config(CONFIGS / "distill" / "embedded.yaml", section=method)]
-    if pixels:
-        layers += [("--IF", {"latent_iter_ratio": 0.0})]  # there are no latents for normals to stand for
-    if _last("control", chosen, typed) == "canny":
-        layers += [("--control canny", {"latent_iter_ratio": 0.0})]  # it looks for edges in a picture
-    start = _last("init_with", chosen, typed)
-    if is_mesh_file(start):
-        layers += [("--init_with", {"dmtet": True})]
-    if is_mesh_file(start) or _last("dmtet", chosen, typed):
-        layers += [_read_config(CONFIGS / "dmtet.yaml")]
-        layers += [_read_config(CONFIGS / "embedded-dmtet.yaml")] if embedded else []
-        layers += [_read_config(CONFIGS / "embedded-mesh.yaml")] if embedded and is_mesh_file(start) else []
-    if start is not None and not is_mesh_file(start) and not evaluate:
-        layers += [_structure_of(start)]
-    return layers
-
-
-def _structure_of(start: str) -> Layer:
-    """How the scene of another run is built, from the settings that it saved."""
-    path = Path(start)
-    folder = path if path.is_dir() else path.parent.parent
-    if not path.exists():
-        raise UserError(f"--init_with {start}: no such folder or file; name a workspace, a checkpoint in it, or a mesh")
-    if not (folder / SAVED).is_file():
-        raise UserError(
-            f"--init_with {start}: no {SAVED} in {folder}; a checkpoint is read together with its workspace"
-        )
-    where, values = _read_config(folder / SAVED, "; is it damaged?")
-    return where, {name: value for name, value in values.items() if name in _STRUCTURE}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -235,14 +206,14 @@ def _read_arguments(argv: Sequence[str] | None, where: str) -> tuple[Layer, list
     sources = []
     for kind, path in values.pop("sources", []):
         if kind == "config":
-            sources.append(_read_config(_find(path, "--config")))
+            sources.append(read_config(find(path, "--config")))
         elif where != "typed":
             raise UserError(
                 f"--file {where}: a file of flags cannot name another one; put its flags on the command line"
             )
         else:
-            sources += _read_flag_file(_find(path, "--file"))
-    return (where, {name: convert(FLAGS[name], value, _label(name, where)) for name, value in values.items()}), sources
+            sources += _read_flag_file(find(path, "--file"))
+    return (where, {name: convert(FLAGS[name], value, label(name, where)) for name, value in values.items()}), sources
 
 
 def _read_flag_file(path: Path) -> list[Layer]:
@@ -256,93 +227,13 @@ def _read_flag_file(path: Path) -> list[Layer]:
     return [*sources, typed]
 
 
-def _read_config(path: Path, hint: str = "", section: str | None = None) -> Layer:
-    """A YAML file of flag values, all of them known and in range; or what it has under the name `section`, if anything."""
-    import yaml
-
-    shown = _shown(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "problem", None) or getattr(error, "strerror", None) or error
-        raise UserError(f"{shown}: cannot be read as YAML: {reason}{hint}") from None
-    if content is None:
-        content = {}
-    if not isinstance(content, dict):
-        raise UserError(f"{shown}: expected lines such as `iters: 1000`, found a {type(content).__name__}{hint}")
-    if section is not None:
-        content, shown = content.get(section) or {}, f"{shown} {section}"
-    values = {}
-    for key, value in content.items():
-        name = str(key)
-        if name not in FLAGS or name in ("config", "file"):
-            raise UserError(f"{shown}: unknown key {name!r}{_suggest(name, FLAGS)}")
-        values[name] = convert(FLAGS[name], value, _label(name, shown))
-    return shown, values
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-
-def _read_saved(workspace: str) -> Layer:
-    path = Path(workspace) / SAVED
-    if not path.is_file():
-        raise UserError(
-            f"--workspace {workspace}: there is no {SAVED} to restore; check the folder, or train first without --test"
-        )
-    where, values = _read_config(path, "; is it damaged? train again, or mend it by hand")
-    return where, {name: value for name, value in values.items() if FLAGS[name].saved}
-
-
-def _find(path: str, flag: str) -> Path:
-    """A file as named from here, or from the folder of this program."""
-    for candidate in (Path(path), ROOT / path):
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"{flag} {path}: no such file")
-
-
-def _last(name: str, sources: list[Layer], typed: Layer):
-    """The value of `name` that will win, presets aside (they set none of those asked for)."""
-    return next((layer[name] for _, layer in reversed([*sources, typed]) if name in layer), FLAGS[name].default)
-
-
-def _presets(sources: list[Layer], typed: Layer) -> list[Layer]:
-    """The one of -O and -O2 that was asked for last."""
-    for where, layer in reversed([*sources, typed]):
-        asked = [name for name in PRESETS if layer.get(name)]
-        if len(asked) > 1:
-            raise UserError(
-                f"-O and -O2 ({where}) exclude each other: one is for the grid, the other for the plain network; choose one"
-            )
-        if asked:
-            return [(f"-{asked[0]}", PRESETS[asked[0]])]
-        if any(name in layer for name in PRESETS):
-            return []
-    return []
-
-
-def _label(name: str, where: str) -> str:
-    """How an error calls a flag: as it was typed, or by file and key."""
-    if where in ("typed", "default", "-O", "-O2"):
-        return f"-{name}" if name in PRESETS else f"--{name}"
-    return f"{where}: {name}"
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    folded = {candidate.lower().replace("-", "_"): candidate for candidate in known}
-    close = get_close_matches(name.lower().replace("-", "_"), folded, n=1)
-    return f"; did you mean {folded[close[0]]}?" if close else " (--help lists every flag)"
-
-
 def _unknown_argument(words: list[str]) -> str:
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]
     if not flags:
         return f'unexpected {words[0]!r}: put quotes around a value of several words, as in --text "a hamburger"'
     switches = [f"--no_{name}" for name, flag in FLAGS.items() if flag.kind == "flag"]
-    known = [_label(name, "typed") for name in FLAGS] + switches
-    return f"unknown flag {flags[0]}{_suggest(flags[0], known)}"
+    known = [label(name, "typed") for name in FLAGS] + switches
+    return f"unknown flag {flags[0]}{suggest(flags[0], known)}"
 
 
 def _resolved(values: dict[str, Any]) -> dict[str, Any]:
@@ -360,7 +251,7 @@ def _check(values: dict[str, Any], origins: dict[str, str]) -> None:
     """What no single value shows: combinations that cannot be meant. Raises UserError."""
 
     def refuse(name: str, reason: str):
-        raise UserError(f"{_label(name, origins[name])} {show(values[name])}: {reason}")
+        raise UserError(f"{label(name, origins[name])} {show(values[name])}: {reason}")
 
     evaluate = values["test"] or values["six_views"]
     if values["text"] is None and not evaluate:
@@ -398,7 +289,7 @@ def _check(values: dict[str, Any], origins: dict[str, str]) -> None:
     if not set(formats) <= set(MESH_FORMATS):
         refuse("mesh_format", f"must be some of {', '.join(MESH_FORMATS)}, separated by commas")
     if values["mesh_threshold"] != "auto":
-        convert(_THRESHOLD, values["mesh_threshold"], _label("mesh_threshold", origins["mesh_threshold"]))
+        convert(_THRESHOLD, values["mesh_threshold"], label("mesh_threshold", origins["mesh_threshold"]))
 
 
 _THRESHOLD = Flag("mesh_threshold", "float", None, "", range="> 0")

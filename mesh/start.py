@@ -109,6 +109,8 @@ def _paint(field: Field, mesh: Mesh, opt: Any) -> None:
 def _continued(opt: Any, field: Field, head: PhysicalHead | None, device: torch.device | str) -> Tetrahedral | Fixed:
     """What an earlier run made: its field into `field`, its surface into the geometry that is returned."""
     path = Path(opt.init_with)
+    if not path.exists():
+        raise UserError(f"--init_with {path}: no such folder or file; name a workspace, a checkpoint in it, or a mesh")
     found = checkpoint.choose(path / "checkpoints", "latest") if path.is_dir() else (checkpoint.read(path), path)
     if found is None:
         raise UserError(f"--init_with {path}: no checkpoint there; train that run first")

@@ -17,7 +17,7 @@ NVCC, CXX = shutil.which("nvcc"), shutil.which("c++")
 
 
 def test_every_kernel_folder_is_found():
-    assert set(NAMES) >= {"freqencoder", "gridencoder"}
+    assert set(NAMES) >= {"freqencoder", "gridencoder", "rasterizer"}
 
 
 @pytest.fixture(scope="module")

@@ -246,6 +246,7 @@ def test_every_value_survives_saving(tmp_path):
         "background",
         "mesh_threshold",
         "ckpt",
+        "mesh_format",
         "min_near",
         "negative_w",
         "IF",

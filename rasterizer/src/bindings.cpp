@@ -185,7 +185,8 @@ std::tuple<Tensor, Tensor, Tensor> antialias(const Tensor& colour, const Tensor&
     run(positions, Silhouettes<T>{pixels, read<T>(raster), read<double>(places), read<int32_t>(faces),
                                   read<int32_t>(topology), faces.size(0), vertices, mesh.height, mesh.width,
                                   write<T>(blends), write<int32_t>(edges)});
-    run(positions, Blend<T>{pixels, read<T>(colour), read<T>(blends), channels, mesh.height, mesh.width, write<T>(out)});
+    run(positions,
+        Blend<T>{pixels, read<T>(colour), read<T>(blends), channels, mesh.height, mesh.width, write<T>(out)});
   });
   return {out, blends, edges};
 }
@@ -234,7 +235,8 @@ using Sizes = std::vector<int64_t>;
 
 // sizes: height and width of every level, the largest first.
 template <class T>
-Sampler<T> sampler_of(const Tensor& chain, const Sizes& sizes, const Tensor& uv, const std::optional<Tensor>& lod, bool clamp) {
+Sampler<T> sampler_of(const Tensor& chain, const Sizes& sizes, const Tensor& uv, const std::optional<Tensor>& lod,
+                      bool clamp) {
   const ScalarType type = uv.scalar_type();
   check(uv, "uv", uv, type, {any_size, any_size, any_size, 2});
   if (lod) check(*lod, "lod", uv, type, {uv.size(0), uv.size(1), uv.size(2)});
