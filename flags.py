@@ -29,7 +29,8 @@ class Flag(NamedTuple):
 # fmt: off
 GROUPS: dict[str, tuple[Flag, ...]] = {
     "What to make": (
-        Flag("text", "text", None, 'the prompt: --text "a hamburger"'),
+        Flag("text", "text", None, 'the prompt: --text "a hamburger"; or lib:word_word, the one prompt of the library with these words'),
+        Flag("prompt_library", "text", "data/prompts.json", "the library for it, a JSON file", saved=False),
         Flag("negative", "text", "", "what the picture must not show; takes the place of the empty prompt"),
         Flag("workspace", "text", "workspace", "the folder that receives everything", saved=False),
         Flag("save_mesh", "flag", False, "export the mesh at the end: mesh/mesh.obj, mesh/mesh.glb (--mesh_format)", saved=False),
@@ -131,7 +132,11 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("compile", "flag", False, "compile the frozen networks (minutes at the start)"),
     ),
     "Scene": (
-        Flag("backbone", "choice", "grid", "the field: a hash grid, or a plain network on frequencies", choices=("grid", "vanilla")),
+        Flag("backbone", "choice", "grid", "the field: a hash grid, a plain network on frequencies, dense voxels, or a hash grid of signed distances",
+             choices=("grid", "vanilla", "voxel", "sdf")),
+        Flag("latent", "flag", False, "the scene consists of the prior's latents; a second stage (--init_with) turns them into colors"),
+        Flag("voxel_size", "int", 100, "--backbone voxel: nodes along an edge", range="[4, 512]"),
+        Flag("sdf_beta", "float", 0.1, "--backbone sdf: softness of the surface at the start", "world units", "> 0"),
         Flag("bound", "float", 1.0, "the scene is the cube from -bound to bound", "world units", "> 0"),
         Flag("density_activation", "choice", "exp", "from network output to density", choices=("exp", "softplus")),
         Flag("density_thresh", "float", 10.0, "densities below are empty space for --cuda_ray", "1 / world unit", "> 0"),
@@ -144,9 +149,12 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("base_resolution", "int", 16, "cells along an edge at the coarsest level", range="> 0"),
         Flag("desired_resolution", "int", 2048, "cells along an edge at the finest level", range="> 0"),
         Flag("hidden_dim", "int", 64, "width of the network behind the grid (vanilla: of the whole)", range="> 0"),
+        Flag("mlp_layers", "int", 3, "linear layers of the network behind the grid", range=">= 2"),
         Flag("progressive_level", "flag", False, "begin with the coarse levels and add finer ones"),
+        Flag("max_level", "schedule", 1.0, "share of the hash grid's levels in use", range="(0, 1]"),
         Flag("background", "text", "mlp", "behind the scene in training: random (a plain colour each step), mlp (every other step what a small "
              "network paints), white, black, #rrggbb"),
+        Flag("background_ratio", "float", 0.5, "--background mlp: share of the steps with the network", "probability", "[0, 1]"),
         Flag("bg_radius", "float", 1.4, "not above 0: --background mlp has no network and means random", "world units"),
     ),
     "Rendering": (
@@ -155,7 +163,9 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("h", "int", 64, "height of a training picture", "pixels", "> 0"),
         Flag("W", "int", 800, "width of validation pictures and of the turntable", "pixels", "> 0"),
         Flag("H", "int", 800, "height of the same", "pixels", "> 0"),
+        Flag("size_scale", "schedule", 1.0, "training pictures are so many times --w and --h; a step in it is a milestone", range="> 0"),
         Flag("batch_size", "int", 1, "views per step", range="> 0"),
+        Flag("accumulate", "int", 1, "so many batches are added up before the scene moves: a larger batch in less memory", range="> 0"),
         Flag("view_group", "int", 1, "so many consecutive views of a batch have one height and stand evenly around", "views", "> 0"),
         Flag("max_steps", "int", 1024, "samples along a ray at most (--cuda_ray); sets the smallest step", range="> 0"),
         Flag("num_steps", "int", 64, "coarse samples along a ray (without --cuda_ray)", range="> 0"),
@@ -187,11 +197,20 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "Shading": (
         Flag("albedo_iter_ratio", "float", 0.0, "until then no shading, only colour", "fraction of the run", "[0, 1]"),
         Flag("min_ambient_ratio", "float", 0.1, "ambient light is drawn from here to 1", range="[0, 1]"),
+        Flag("albedo_ratio", "float", 0.0, "share of the steps after that without light", "probability", "[0, 1]"),
         Flag("textureless_ratio", "float", 0.2, "share of the shaded steps without colour", "probability", "[0, 1]"),
+        Flag("train_shading", "choice", "auto", "what the prior sees: pictures as they are lit, or the normals alone", choices=("auto", "normal")),
     ),
     "Regularisers (weights)": (
         Flag("lambda_entropy", "schedule", 1e-3, "samples are either full or empty", range=">= 0"),
         Flag("lambda_opacity", "schedule", 0.0, "little of the picture is covered", range=">= 0"),
+        Flag("lambda_sparsity", "schedule", 0.0, "the same, with a gradient where nothing is (threestudio)", range=">= 0"),
+        Flag("lambda_opaque", "schedule", 0.0, "pixels are either covered or not", range=">= 0"),
+        Flag("lambda_emptiness", "schedule", 0.0, "most samples are empty (Score Jacobian Chaining)", range=">= 0"),
+        Flag("lambda_convex", "schedule", 0.0, "the picture of the normals bulges (SDI)", range=">= 0"),
+        Flag("lambda_eikonal", "schedule", 0.0, "--backbone sdf: it is a distance", range=">= 0"),
+        Flag("lambda_shape", "schedule", 0.0, "the scene is full inside --guide_shape and empty outside", range=">= 0"),
+        Flag("guide_shape", "text", None, "a mesh file that tells the rough shape (Sketch-Shape)"),
         Flag("lambda_orient", "schedule", 1e-2, "visible surfaces do not face away", range=">= 0"),
         Flag("lambda_tv", "schedule", 0.0, "neighbouring grid entries agree", range=">= 0"),
         Flag("lambda_wd", "schedule", 0.0, "grid entries stay small", range=">= 0"),
@@ -203,8 +222,9 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("lambda_center", "schedule", 0.0, "the centre of mass stays at the origin", range=">= 0"),
     ),
     "Optimiser": (
-        Flag("optim", "choice", "adan", "the optimiser; Adan takes five times the learning rate", choices=("adan", "adam")),
-        Flag("lr", "schedule", 1e-3, "learning rate; the grid takes ten times as much", range=">= 0"),
+        Flag("optim", "choice", "adan", "the optimiser; Adan takes five times the learning rate", choices=("adan", "adam", "adamw", "adamax")),
+        Flag("lr", "schedule", 1e-3, "learning rate", range=">= 0"),
+        Flag("lr_scale", "text", "encoder=10", "factors on it for parts of the scene (encoder, trunk, background, material): encoder=10,trunk=1"),
     ),
     "Surface (a mesh that trains)": (
         Flag("dmtet", "flag", False, "train a surface instead of a field, usually a finished one's: --init_with"),

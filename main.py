@@ -64,7 +64,7 @@ def build(opt):
     torch.manual_seed(
         opt.seed
     )  # the weights that a scene starts from; later random numbers have generators of their own
-    scene = build_scene(opt, device=device)
+    scene = build_scene(opt, device=device, model=_folder_of_latents(opt))
     guidance = None
     if not (opt.test or opt.six_views):
         from guidance import build_guidance
@@ -75,7 +75,21 @@ def build(opt):
                 f"--hf_key {opt.hf_key}: this model edits pictures, and a new scene has none; try it on a picture with "
                 "scripts/playground2d.py --image FILE"
             )
+        if opt.latent:
+            from nerf.latent import decode_with
+
+            decode_with(scene, guidance.prior)
     return Trainer(opt, scene, guidance, device)
+
+
+def _folder_of_latents(opt) -> Path | None:
+    """For `--latent`: where the prior lies, if on this disk; there may be a map from its latents to colours. A finished run has its own."""
+    if not opt.latent or opt.test or opt.six_views:
+        return None
+    from guidance.weights import resolve
+
+    source = resolve(opt)
+    return Path(source.path_or_id) if source.local else None
 
 
 def choose_device(name: str):

@@ -1,4 +1,4 @@
-"""Optimisers for a scene: Adan and Adam over parameter groups, and the learning rate as a function of the step."""
+"""Optimisers for a scene: Adan, Adam and its kin over parameter groups, and the learning rate as a function of the step."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from errors import UserError
+
+GROUPS = ("encoder", "trunk", "background", "material", "geometry", "beta")  # parts of a scene with a rate of their own
 ADAN_FACTOR = 5.0  # Adan takes larger steps than Adam: one --lr serves both
 
 
@@ -110,14 +113,34 @@ def _clip_scales(grads: list[Tensor], limit: float, eps: float) -> dict[torch.de
     return {device: scale.to(device) for device in {grad.device for grad in grads}}
 
 
+def rate_factors(text: str) -> dict[str, float]:
+    """`encoder=10,trunk=1` as factors by name; UserError naming --lr_scale for anything else."""
+    found = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, _, value = part.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            raise UserError(f"--lr_scale {text}: write it as encoder=10,trunk=1") from None
+        if name.strip() not in GROUPS or not 0 <= found[name.strip()] < float("inf"):
+            raise UserError(f"--lr_scale {text}: factors of 0 or more for {', '.join(GROUPS)}")
+    return found
+
+
 def build_optimizer(opt, groups: list[dict]) -> Optimizer:
     """The optimiser that `--optim` names, over groups whose rates were made for Adam: `scene.parameter_groups(opt.lr.max())`.
 
-    Adan gets five times those rates, decay 2e-5 and a gradient norm of at most 5; the step's factor is `learning_rate_factor`.
+    Each group's rate is multiplied by the factor that `--lr_scale` gives its name. Adan gets five times those rates, decay 2e-5
+    and a gradient norm of at most 5; the step's factor is `learning_rate_factor`.
     """
-    if opt.optim == "adam":
+    factors = rate_factors(opt.lr_scale)
+    groups = [{**group, "lr": group.get("lr", opt.lr.max()) * factors.get(group.get("name"), 1.0)} for group in groups]
+    if opt.optim == "adamax":
+        return torch.optim.Adamax(groups, lr=opt.lr.max(), betas=(0.9, 0.99), eps=1e-15)
+    if opt.optim != "adan":
         # Fused: one pass over each table instead of eight, on a CPU too.
-        return torch.optim.Adam(groups, lr=opt.lr.max(), betas=(0.9, 0.99), eps=1e-15, fused=True)
+        kind = torch.optim.AdamW if opt.optim == "adamw" else torch.optim.Adam
+        return kind(groups, lr=opt.lr.max(), betas=(0.9, 0.99), eps=1e-15, fused=True)
     raised = [{**group, "lr": ADAN_FACTOR * group.get("lr", opt.lr.max())} for group in groups]
     return Adan(raised, lr=ADAN_FACTOR * opt.lr.max(), weight_decay=2e-5, max_grad_norm=5.0)
 

@@ -276,6 +276,13 @@ def _check(values: dict[str, Any], origins: dict[str, str]) -> None:
         refuse("background", f"needs a background network: --bg_radius {show(values['bg_radius'])} must be above 0")
     if values["batch_size"] % values["view_group"]:
         refuse("view_group", f"--batch_size {values['batch_size']} must be a multiple of it")
+    if values["latent"] and (values["IF"] or values["dmtet"] or values["lambda_clip"].max() > 0):
+        refuse(
+            "latent",
+            "goes neither with --IF, which has no latents, nor with --dmtet and --lambda_clip, which need colors",
+        )
+    if values["guide_shape"] is None and values["lambda_shape"].max() > 0:
+        refuse("lambda_shape", "name the shape with --guide_shape")
     if values["control"] != "none" and values["IF"]:
         refuse("control", "goes with Stable Diffusion, not with --IF; leave one of them out")
     if values["control"] == "canny" and values["latent_iter_ratio"] > 0:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 POINTS, RAYS = 1 << 18, 4096
-FOLDERS = ("freqencoder", "gridencoder", "shencoder", "raymarching")
+FOLDERS = ("freqencoder", "gridencoder", "shencoder", "raymarching", "rasterizer")
 
 
 @contextmanager

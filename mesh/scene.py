@@ -12,9 +12,8 @@ from mesh.environment import Environment
 from mesh.geometry import Fixed, Surface, Tetrahedral
 from mesh.material import shade_pbr
 from mesh.texture import PhysicalHead
-from nerf.field import Field
 from nerf.provider import Cameras
-from nerf.renderer import Render
+from nerf.renderer import NeRFRenderer, Render
 from nerf.shading import Shading, shade
 
 POINTS_AT_ONCE = 1 << 17  # of the field, when nothing is learnt
@@ -30,7 +29,7 @@ class MeshScene(nn.Module):
     def __init__(
         self,
         opt: Any,
-        field: Field,
+        field: NeRFRenderer,
         geometry: Tetrahedral | Fixed,
         head: PhysicalHead | None = None,
         environment: Environment | None = None,

@@ -13,8 +13,10 @@ from mesh.geometry import Fixed, Tetrahedral
 from mesh.scene import MeshScene
 from mesh.texture import PhysicalHead, fit_colours
 from nerf import build_field, checkpoint
-from nerf.field import Field
+from nerf.latent import Adapter, holds_latents
+from nerf.renderer import NeRFRenderer
 from nerf.results import extract_mesh
+from nerf.start import earlier, fitting, own, seeded
 
 SIZE = 0.7  # distance from the origin to the farthest point of a mesh file, in world units: what cameras see whole
 MARGIN = 0.1  # room for growth around the object, world units
@@ -26,15 +28,17 @@ def build_mesh_scene(opt: Any, channels: int = 3, device: torch.device | str = "
 
     Raises UserError where `--init_with` names nothing usable.
     """
-    blank = checkpoint.expected(Path(opt.workspace) / "checkpoints", opt.ckpt)
-    field = build_field(opt, channels)
+    resumed = own(opt)
+    run = opt.init_with is not None and not is_mesh_file(opt.init_with)
+    start = resumed or (earlier(opt) if run else None)
+    field = _field(opt, channels, start)
     head, environment = None, None
     if opt.material == "pbr":
         from mesh.environment import load_environment
 
-        head = PhysicalHead(field.trunk[-1].in_features)
+        head = PhysicalHead(field.colour(torch.zeros(1, 3))[1].shape[1])
         environment = load_environment(opt.environment, opt.environment_scale, opt.environment_rotation)
-    if blank:
+    if resumed is not None:
         geometry = Fixed() if opt.lock_geo else Tetrahedral(opt.tet_grid_size, torch.full((3,), float(opt.bound)))
     elif opt.init_with is None:
         geometry = _shaped(opt)
@@ -44,9 +48,9 @@ def build_mesh_scene(opt: Any, channels: int = 3, device: torch.device | str = "
         geometry = _geometry(opt, mesh)
         _paint(field, mesh, opt)
     else:
-        geometry = _continued(opt, field, head, device)
+        geometry = _continued(opt, field, head, device, *start)
     scene = MeshScene(opt, field, geometry, head, environment)
-    scene.blank = blank
+    scene.blank = resumed is not None
     return scene
 
 
@@ -100,47 +104,48 @@ def _geometry(opt: Any, mesh: Mesh) -> Tetrahedral | Fixed:
     return geometry
 
 
-def _paint(field: Field, mesh: Mesh, opt: Any) -> None:
-    error = fit_colours(field, mesh, torch.Generator().manual_seed(opt.seed))
+def _paint(field: NeRFRenderer, mesh: Mesh, opt: Any) -> None:
+    error = fit_colours(field, mesh, seeded(opt))
     if error > 0.1:
         say(f"the field follows the mesh's own colours only roughly (mean error {error:.2f}): more --log2_hashmap_size")
 
 
-def _continued(opt: Any, field: Field, head: PhysicalHead | None, device: torch.device | str) -> Tetrahedral | Fixed:
+def _field(opt: Any, channels: int, start: tuple[dict[str, Tensor], Path] | None) -> NeRFRenderer:
+    """A blank field of colours; where `start`, an earlier checkpoint, has latents, they and the map that makes colours of them."""
+    if start is not None:
+        values, path = start
+        values = _part(values, "field") if any(name.startswith("geometry.") for name in values) else values
+        if holds_latents(values):
+            return Adapter.from_latent(opt, values, path)
+    return build_field(opt, channels)
+
+
+def _part(values: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of one part of a scene, by their names in it."""
+    start = f"{name}."
+    return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+
+
+def _continued(
+    opt: Any,
+    field: NeRFRenderer,
+    head: PhysicalHead | None,
+    device: torch.device | str,
+    values: dict[str, Tensor],
+    path: Path,
+) -> Tetrahedral | Fixed:
     """What an earlier run made: its field into `field`, its surface into the geometry that is returned."""
-    path = Path(opt.init_with)
-    if not path.exists():
-        raise UserError(f"--init_with {path}: no such folder or file; name a workspace, a checkpoint in it, or a mesh")
-    found = checkpoint.choose(path / "checkpoints", "latest") if path.is_dir() else (checkpoint.read(path), path)
-    if found is None:
-        raise UserError(f"--init_with {path}: no checkpoint there; train that run first")
-    state, path = found
-    values = _shown_values(state)
-    say(f'--init_with: from {path}, "{state["text"]}", step {state["step"]}')
     if any(name.startswith("geometry.") for name in values):
         return _from_surface(opt, values, field, head, path)
-    checkpoint.load_scene(field, _fitting(values, field), path)
+    if not holds_latents(values):
+        checkpoint.load_scene(field, fitting(values, field), path)
     mesh = _extracted(opt, field.to(device), device)
     field.cpu()
     _paint(field, mesh, opt)
     return _geometry(opt, mesh)
 
 
-def _shown_values(state: dict[str, Any]) -> dict[str, Tensor]:
-    """A checkpoint's scene with its averaged parameters: what that run showed. Of several particles the first."""
-    values = {**state["scene"], **state["average"]["average"]}
-    first = "scenes.0."
-    chosen = {name.removeprefix(first): value for name, value in values.items() if name.startswith(first)}
-    return chosen or values
-
-
-def _fitting(values: dict[str, Tensor], field: Field) -> dict[str, Tensor]:
-    """Without the occupancy grid, which either may lack."""
-    own = {name: value for name, value in field.state_dict().items() if name.startswith("occupancy.")}
-    return {name: value for name, value in values.items() if not name.startswith("occupancy.")} | own
-
-
-def _extracted(opt: Any, field: Field, device: torch.device | str) -> Mesh:
+def _extracted(opt: Any, field: NeRFRenderer, device: torch.device | str) -> Mesh:
     """The surface of a field, coloured."""
     generator = torch.Generator(device).manual_seed(opt.seed)
     field.eval()
@@ -155,18 +160,14 @@ def _extracted(opt: Any, field: Field, device: torch.device | str) -> Mesh:
 
 
 def _from_surface(
-    opt: Any, values: dict[str, Tensor], field: Field, head: PhysicalHead | None, path: Path
+    opt: Any, values: dict[str, Tensor], field: NeRFRenderer, head: PhysicalHead | None, path: Path
 ) -> Tetrahedral | Fixed:
     """Another mesh run's surface, locked or not."""
-
-    def part(name: str) -> dict[str, Tensor]:
-        start = f"{name}."
-        return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
-
-    checkpoint.load_scene(field, _fitting(part("field"), field), path)
-    if head is not None and part("head"):
-        head.load_state_dict(part("head"))
-    own = part("geometry")
+    if not holds_latents(_part(values, "field")):
+        checkpoint.load_scene(field, fitting(_part(values, "field"), field), path)
+    if head is not None and _part(values, "head"):
+        head.load_state_dict(_part(values, "head"))
+    own = _part(values, "geometry")
     before = Fixed() if "faces" in own else Tetrahedral(opt.tet_grid_size, own["reach"])
     before.adapt(own)
     before.load_state_dict(own)

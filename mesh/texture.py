@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from mesh import Mesh
 from mesh.material import METALLIC, ROUGHNESS, perturb_normal
-from nerf.field import Field
 from nerf.progress import Bar
+from nerf.renderer import NeRFRenderer
 
 FIT_STEPS, FIT_POINTS, FIT_RATE = 300, 4096, 0.01
 
@@ -35,7 +35,7 @@ class PhysicalHead(nn.Module):
         }
 
 
-def fit_colours(field: Field, mesh: Mesh, generator: torch.Generator) -> float:
+def fit_colours(field: NeRFRenderer, mesh: Mesh, generator: torch.Generator) -> float:
     """Train `field` until its albedo on the surface is the mesh's own colour (texture or vertex colours); returns the mean absolute error.
 
     Adam on random points of the surface, spread evenly by area.

@@ -7,26 +7,40 @@ def build_field(opt: Any, channels: int = 3):
     """The radiance field that `--backbone` names, on the CPU; `channels` is 3 for RGB (albedo in [0, 1]) or more for latents (raw)."""
     if opt.backbone == "vanilla":
         from nerf.network_vanilla import NeRFNetwork
+    elif opt.backbone == "voxel":
+        from nerf.network_voxel import NeRFNetwork
+    elif opt.backbone == "sdf":
+        from nerf.network_sdf import NeRFNetwork
     else:
         from nerf.network_grid import NeRFNetwork
     return NeRFNetwork(opt, channels)
 
 
-def build_scene(opt: Any, channels: int = 3, device: Any = "cpu"):
+def build_scene(opt: Any, channels: int = 3, device: Any = "cpu", model: Any = None):
     """What is to be trained, on the CPU: a field, with `--dmtet` a surface (which `device` helps to find in an earlier run's field).
 
-    With `--particles` several of them in one, which differ in their initial weights.
+    `model`: the folder of the prior, for `--latent`. With `--particles` several scenes in one, which differ in their initial weights.
     """
 
     def build():
-        if not opt.dmtet:
-            return build_field(opt, channels)
-        from mesh.start import build_mesh_scene
+        if opt.dmtet:
+            from mesh.start import build_mesh_scene
 
-        return build_mesh_scene(opt, channels, device)
+            return build_mesh_scene(opt, channels, device)
+        if opt.latent or opt.init_with:
+            from nerf.start import build_field_scene
+
+            return build_field_scene(opt, channels, model)
+        return build_field(opt, channels)
 
     if opt.particles == 1:
-        return build()
-    from nerf.particles import Particles
+        scene = build()
+    else:
+        from nerf.particles import Particles
 
-    return Particles([build() for _ in range(opt.particles)])
+        scene = Particles([build() for _ in range(opt.particles)])
+    if opt.guide_shape:
+        from nerf.guide_shape import GuideShape
+
+        scene.guide_shape = GuideShape(opt.guide_shape)
+    return scene

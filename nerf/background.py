@@ -45,12 +45,12 @@ def training_background(
 ) -> Float[Tensor, "B C"] | None:
     """What `render(background=...)` gets in a training step, on the generator's device; None is the background network.
 
-    `--background random`: a random colour for each view. `mlp`: half of the time that, else the network, which would learn the
-    object if it were always there. Or the plain colour named. With other than 3 channels (latents) random backgrounds are normal
-    deviates and plain ones zero. Every call draws the same numbers.
+    `--background random`: a random colour for each view. `mlp`: with probability `background_ratio` the network, else that,
+    because the network would learn the object if it were always there. Or the plain colour named. With other than 3 channels
+    (latents) random backgrounds are normal deviates and plain ones zero. Every call draws the same numbers.
     """
     like = {"generator": generator, "device": generator.device}
-    network = bool(torch.rand(1, **like) < 0.5) and has_network
+    network = bool(torch.rand(1, **like) < opt.background_ratio) and has_network
     draw = torch.rand(batch, 3, **like) if channels == 3 else torch.randn(batch, channels, **like)
     if opt.background in ("mlp", "random"):
         return None if network and opt.background == "mlp" else draw

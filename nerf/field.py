@@ -68,7 +68,7 @@ class Field(NeRFRenderer):
         super().__init__(opt, channels)
         self.encoder, self.trunk = encoder, trunk
         self.max_level: float | None = None  # share of the encoder's levels in use; None is all of them
-        self._progressive = opt.progressive_level
+        self._progressive, self._levels, self._iters = opt.progressive_level, opt.max_level, opt.iters
         self._finite_normals = opt.normals == "finite"
         self._activation = opt.density_activation
         self._blob = (opt.blob_density, opt.blob_radius)
@@ -117,12 +117,13 @@ class Field(NeRFRenderer):
         return self.query(x, normals=True)[2]
 
     def set_progress(self, ratio: float) -> None:
-        """With `--progressive_level`, the share of the encoder's levels in use: min(1, 0.25 + 2 ratio), ratio = step / iters."""
-        self.max_level = min(1.0, 0.25 + 2 * ratio) if self._progressive else None
+        """The share of the encoder's levels in use at ratio = step / iters: `--max_level`; with `--progressive_level` at most 0.25 + 2 ratio."""
+        share = min(self._levels(round(ratio * self._iters)), 0.25 + 2 * ratio if self._progressive else 1.0)
+        self.max_level = share if share < 1 else None
 
     def parameter_groups(self, lr: float) -> list[dict]:
-        """Groups for an optimizer: the encoder at 10 lr, the networks at lr."""
-        groups = [{"name": "encoder", "params": list(self.encoder.parameters()), "lr": 10 * lr}]
+        """Groups for an optimizer, all at lr: encoder, trunk, background (`--lr_scale` gives each its factor)."""
+        groups = [{"name": "encoder", "params": list(self.encoder.parameters()), "lr": lr}]
         groups.append({"name": "trunk", "params": list(self.trunk.parameters()), "lr": lr})
         if self.background_network is not None:
             groups.append({"name": "background", "params": list(self.background_network.parameters()), "lr": lr})

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gridencoder import VARIATION_REFERENCE, VARIATION_SAMPLES
-from mesh.losses import laplacian, normal_consistency
+from mesh.losses import eikonal, laplacian, normal_consistency
+from nerf.probes import probes
 from nerf.renderer import Render
 from nerf.sampling import ray_of_sample
 
@@ -31,6 +32,37 @@ def entropy(render: Render) -> Float[Tensor, ""]:
 def opacity(render: Render) -> Float[Tensor, ""]:
     """Little of the picture is covered: mean over the pixels of alpha^2."""
     return (render.alpha**2).mean()
+
+
+def sparsity(render: Render) -> Float[Tensor, ""]:
+    """The same with a gradient where nothing is yet: mean over the pixels of sqrt(alpha^2 + 0.01) (threestudio)."""
+    return (render.alpha**2 + 0.01).sqrt().mean()
+
+
+def opaque(render: Render) -> Float[Tensor, ""]:
+    """Pixels are either covered or not: mean binary entropy of alpha, in nats, alpha kept within 1e-3 of 0 and 1."""
+    p = render.alpha.clamp(1e-3, 1 - 1e-3)
+    return (-p * p.log() - (1 - p) * (1 - p).log()).mean()
+
+
+def emptiness(render: Render) -> Float[Tensor, ""]:
+    """Most samples are empty: mean_i log(1 + 10 w_i) (Score Jacobian Chaining, Wang et al. 2023, section 5)."""
+    return _mean(torch.log1p(10 * render.weights))
+
+
+def convexity(render: Render, cells: int = 8) -> Float[Tensor, ""]:
+    """The picture of the normals bulges towards the viewer: minus the mean of what left x right has upward and what above x below has to
+    the right, over neighbouring cells.
+
+    The picture is averaged to `cells` x `cells` in the camera's frame, where a sphere's normals turn from left to right (SDI, Lukoianov et al. 2024,
+    as threestudio has it, who crosses them in the world's frame).
+    """
+    turn = render.cameras.c2w[:, :3, :3].to(render.normal)
+    local = torch.einsum("bhwi,bij->bjhw", render.normal, turn)
+    n = F.interpolate(local, (cells, cells), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+    across = torch.linalg.cross(n[:, :, :-1], n[:, :, 1:])[..., 1]
+    down = torch.linalg.cross(n[:, :-1], n[:, 1:])[..., 0]
+    return -(across.mean() + down.mean())
 
 
 def orientation(render: Render) -> Float[Tensor, ""]:
@@ -93,14 +125,25 @@ def regularisers(opt: Any, step: int, scene: nn.Module, render: Render) -> dict[
     rays where it is a mesh's, losses on triangles where it is not.
     """
     seen, rays, drawn = render.normals is not None, render.weights is not None, render.surface is not None
+    guide = getattr(scene, "guide_shape", None)
     table = {
         "entropy": (opt.lambda_entropy, rays, entropy),
         "opacity": (opt.lambda_opacity, True, opacity),
+        "sparsity": (opt.lambda_sparsity, True, sparsity),
+        "opaque": (opt.lambda_opaque, True, opaque),
+        "emptiness": (opt.lambda_emptiness, rays, emptiness),
+        "convex": (opt.lambda_convex, render.normal is not None, convexity),
         "orient": (opt.lambda_orient, seen, orientation),
         "2d_normal_smooth": (opt.lambda_2d_normal_smooth, seen, normal_smooth_2d),
         "3d_normal_smooth": (opt.lambda_3d_normal_smooth, seen, lambda r: normal_smooth_3d(r, scene)),
         "zvar": (opt.lambda_zvar, rays, z_variance),
         "center": (opt.lambda_center, rays, center_of_mass),
+        "eikonal": (
+            opt.lambda_eikonal,
+            rays and hasattr(scene, "sdf_gradient"),
+            lambda r: eikonal(scene.sdf_gradient(probes(r, scene.bound))),
+        ),
+        "shape": (opt.lambda_shape, rays and guide is not None, lambda r: guide.loss(r, scene)),
         "mesh_normal": (
             opt.lambda_mesh_normal,
             drawn,

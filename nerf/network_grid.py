@@ -8,11 +8,9 @@ from torch import Tensor
 from encoding import get_encoder
 from nerf.field import Field, mlp
 
-LAYERS = 3
-
 
 class NeRFNetwork(Field):
-    """Hash grid (`num_levels` x `level_dim`, smoothstep) -> 3 linear layers of `hidden_dim` -> density and `channels` colours."""
+    """Hash grid (`num_levels` x `level_dim`, smoothstep) -> `mlp_layers` linear layers of `hidden_dim` -> density and `channels` colours."""
 
     def __init__(self, opt: Any, channels: int = 3):
         encoder, width = get_encoder(
@@ -25,7 +23,7 @@ class NeRFNetwork(Field):
             desired_resolution=round(opt.desired_resolution * opt.bound),
             interpolation="smoothstep",
         )
-        super().__init__(opt, channels, encoder, mlp(width, opt.hidden_dim, 1 + channels, LAYERS))
+        super().__init__(opt, channels, encoder, mlp(width, opt.hidden_dim, 1 + channels, opt.mlp_layers))
 
     def encode(self, x: Float[Tensor, "M 3"]) -> Float[Tensor, "M F"]:
         return self.encoder(x, bound=self.bound, max_level=self.max_level)

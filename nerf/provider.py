@@ -148,9 +148,9 @@ def view_ranges(opt: Any, step: int) -> dict[str, tuple[float, float]]:
     return {name: tuple((1 - share) * default + share * end for end in ends) for name, (ends, default) in full.items()}
 
 
-def training_size(opt: Any) -> tuple[int, int]:
-    """Height and width of a training picture, in pixels: `--h`, `--w`, for a mesh times `--dmtet_reso_scale`."""
-    scale = opt.dmtet_reso_scale if opt.dmtet else 1
+def training_size(opt: Any, step: int) -> tuple[int, int]:
+    """Height and width of a training picture, in pixels: `--h`, `--w` times `--size_scale`, for a mesh times `--dmtet_reso_scale`."""
+    scale = opt.size_scale(step) * (opt.dmtet_reso_scale if opt.dmtet else 1)
     return max(1, round(opt.h * scale)), max(1, round(opt.w * scale))
 
 
@@ -185,7 +185,7 @@ def random_cameras(opt: Any, batch: int, step: int, generator: torch.Generator) 
         polar, azimuth = torch.where(anywhere, polar_any, polar), torch.where(anywhere, azimuth_any, azimuth)
     radius, polar, azimuth, fovy = (x.repeat_interleave(opt.view_group) for x in (radius, polar, azimuth, fovy))
     azimuth = azimuth + torch.arange(opt.view_group, device=device).repeat(groups) * (360 / opt.view_group)
-    size = training_size(opt)
+    size = training_size(opt, step)
     if not opt.jitter_pose:
         return orbit(polar, azimuth, radius, fovy, *size)
 

@@ -79,7 +79,12 @@ class NeRFRenderer(nn.Module):
         self.channels, self.bound = channels, float(opt.bound)
         self._near, self._max_steps, self._dt_gamma = opt.min_near, opt.max_steps, opt.dt_gamma
         self._coarse, self._fine, self._chunk = opt.num_steps, opt.upsample_steps, opt.max_ray_batch
-        self._normal_losses = (opt.lambda_orient, opt.lambda_2d_normal_smooth, opt.lambda_3d_normal_smooth)
+        self._normal_losses = (
+            opt.lambda_orient,
+            opt.lambda_2d_normal_smooth,
+            opt.lambda_3d_normal_smooth,
+            opt.lambda_convex,
+        )
         box = torch.tensor([-1.0, -1, -1, 1, 1, 1]) * self.bound
         self.register_buffer("aabb", box, persistent=False)
         marching = opt.cuda_ray

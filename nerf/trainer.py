@@ -120,6 +120,27 @@ class Trainer:
         self.scene.set_progress(step / opt.iters)
         if opt.cuda_ray and turn % opt.update_extra_interval == 0:
             self.scene.update_occupancy(turn, self.generators["render"])
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.rate_factor(step) * self.guard.lr_factor
+        self.optimizer.zero_grad(set_to_none=True)
+        values: dict[str, Any] = {}
+        batches = [self._batch(step, first=i == 0) for i in range(opt.accumulate)]
+        loss = torch.stack([loss.detach() for loss, _, _ in batches]).mean()  # not finite if one of them is not
+        _, values, log = batches[-1]
+        norms: dict[str, Tensor] = {}
+        if any(loss.requires_grad for loss, _, _ in batches):  # not if no ray met anything
+            self.scaler.unscale_(self.optimizer)
+            norms = _gradient_norms(self.optimizer)
+        values |= {"loss/total": loss, "lr": self.optimizer.param_groups[0]["lr"], **norms}
+        self.step += 1
+        if norms:
+            self._update(loss, log, norms, step, values)
+        self.average.update()
+        self.metrics.add(self.step, values)
+
+    def _batch(self, step: int, first: bool) -> tuple[Tensor, dict[str, Any], dict[str, Tensor]]:
+        """Views drawn, rendered, judged, and their part of the gradient added: the loss, what the curves show, what the guidance says."""
+        opt = self.opt
         network = getattr(self.scene, "background_network", None) is not None
         view = draw_view(opt, step, self.generators, self.scene.channels, network).to(self.device)
         with torch.autocast(self.device.type, torch.float16, enabled=self.half):
@@ -133,33 +154,27 @@ class Trainer:
                 self.generators["render"],
                 normals=True if "normal" in self.guidance.wants else None,
             )
-            image = torch.cat([render.image, render.alpha], -1) if view.as_latent else render.image
+            image = torch.cat([render.image, render.alpha], -1) if view.with_mask else render.image
             image = _limit_gradient(image, opt.grad_clip_rgb, self.scaler)
-            if opt.save_guidance and step % opt.save_guidance_interval == 0:
+            if first and opt.save_guidance and step % opt.save_guidance_interval == 0:
                 self._save_guidance(image, view, render, step)
             guided, log = self.guidance(
-                image, view.cameras.polar, view.cameras.azimuth, step, as_latent=view.as_latent, hints=_hints(render)
+                image,
+                view.cameras.polar,
+                view.cameras.azimuth,
+                step,
+                as_latent=view.as_latent,
+                unit_range=not opt.latent,
+                hints=_hints(render),
             )
             terms = {"guidance": opt.lambda_guidance(step) * guided, **regularisers(opt, step, self.scene, render)}
             loss = torch.stack([term.float() for term in terms.values()]).sum()
-
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self.rate_factor(step) * self.guard.lr_factor
-        self.optimizer.zero_grad(set_to_none=True)
-        norms: dict[str, Tensor] = {}
-        if loss.requires_grad:  # not if no ray met anything
-            self.scaler.scale(loss).backward()
-            self.scaler.unscale_(self.optimizer)
-            norms = _gradient_norms(self.optimizer)
-        values = {f"loss/{name}": term for name, term in terms.items()}
+        if loss.requires_grad:
+            self.scaler.scale(loss / opt.accumulate).backward()
+        values: dict[str, Any] = {f"loss/{name}": term for name, term in terms.items()}
         values |= {f"guidance/{name}": value for name, value in log.items()}
-        values |= {"loss/total": loss, "alpha/mean": render.alpha, "alpha/largest": render.alpha.detach().amax()}
-        values |= {"lr": self.optimizer.param_groups[0]["lr"], "samples": float(render.num_samples), **norms}
-        self.step += 1
-        if norms:
-            self._update(loss, log, norms, step, values)
-        self.average.update()
-        self.metrics.add(self.step, values)
+        values |= {"alpha/mean": render.alpha, "alpha/largest": render.alpha.detach().amax()}
+        return loss, {**values, "samples": float(render.num_samples)}, log
 
     def _update(self, loss: Tensor, log: dict, norms: dict[str, Tensor], step: int, values: dict[str, Any]) -> None:
         """Take the step if everything is finite; else skip it, and keep its values out of the curves."""
@@ -191,7 +206,13 @@ class Trainer:
     def _save_guidance(self, image: Tensor, view: View, render: Render, step: int) -> None:
         cameras = view.cameras
         pictures = self.guidance.debug_images(
-            image.detach(), cameras.polar, cameras.azimuth, step, view.as_latent, hints=_hints(render)
+            image.detach(),
+            cameras.polar,
+            cameras.azimuth,
+            step,
+            view.as_latent,
+            unit_range=not self.opt.latent,
+            hints=_hints(render),
         )
         path = make_folder(self.workspace / "guidance") / f"step_{step:07d}.png"
         media.save_png(path, media.sheet(media.pixels(pictures), columns=1))

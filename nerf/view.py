@@ -14,7 +14,10 @@ from nerf.shading import Shading
 
 @dataclass(frozen=True)
 class View:
-    """One step's B cameras and how what they see is shown; `as_latent`: the picture, with the mask, stands for the prior's latents."""
+    """One step's B cameras and how what they see is shown.
+
+    `as_latent`: the picture stands for the prior's latents, alone or, `with_mask`, with the mask as a further channel.
+    """
 
     cameras: Cameras
     light: Float[Tensor, "B 3"]
@@ -22,6 +25,7 @@ class View:
     ambient: Float[Tensor, "B"]
     background: Float[Tensor, "B C"] | None
     as_latent: bool = False
+    with_mask: bool = False
 
     def to(self, device: torch.device | str) -> "View":
         names = ("cameras", "light", "ambient", "background")
@@ -32,21 +36,26 @@ class View:
 def draw_view(opt: Any, step: int, generators: dict[str, torch.Generator], channels: int, has_network: bool) -> View:
     """The view of a step, from the generators `cameras` (cameras and lights) and `shading` (the rest).
 
-    The published schedule, with r = step / iters: while r < latent_iter_ratio normals and, as fourth channel, the mask stand for latents;
-    while r < albedo_iter_ratio albedo alone; then ambient light uniform in [min_ambient_ratio, 1], textureless with probability
-    `textureless_ratio`, else lambertian. A physical material has its own light instead. Every step draws the same
-    numbers, so that no choice shifts the later ones.
+    A scene of latents shows itself as it is. Else the published schedule, with r = step / iters: while r < latent_iter_ratio normals
+    and, as fourth channel, the mask stand for latents; while r < albedo_iter_ratio albedo alone; then ambient light uniform in
+    [min_ambient_ratio, 1], textureless with probability `textureless_ratio`, else lambertian. A physical material has its own light
+    instead. Every step draws the same numbers, so that no choice shifts the later ones.
     """
     ratio, draw = step / opt.iters, generators["shading"]
     cameras = random_cameras(opt, opt.batch_size, step, generators["cameras"])
     light = random_light(cameras, generators["cameras"])
     ambient = opt.min_ambient_ratio + (1 - opt.min_ambient_ratio) * torch.rand(opt.batch_size, generator=draw)
     bare = float(torch.rand(1, generator=draw)) < opt.textureless_ratio
+    unlit = float(torch.rand(1, generator=draw)) < opt.albedo_ratio
     background = training_background(opt, opt.batch_size, draw, channels, has_network)
     if ratio < opt.latent_iter_ratio:
-        return View(cameras, light, "normal", torch.ones_like(ambient), None, as_latent=True)
+        return View(cameras, light, "normal", torch.ones_like(ambient), None, as_latent=True, with_mask=True)
+    if opt.latent:
+        return View(cameras, light, "albedo", torch.ones_like(ambient), background, as_latent=True)
+    if opt.train_shading == "normal":
+        return View(cameras, light, "normal", torch.ones_like(ambient), background)
     if opt.material == "pbr":
         return View(cameras, light, "pbr", torch.ones_like(ambient), background)
-    if ratio < opt.albedo_iter_ratio:
+    if ratio < opt.albedo_iter_ratio or unlit:
         return View(cameras, light, "albedo", torch.ones_like(ambient), background)
     return View(cameras, light, "textureless" if bare else "lambertian", ambient, background)

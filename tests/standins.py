@@ -96,7 +96,7 @@ class BallGuidance:
         inside = (nearest.norm(dim=-1, keepdim=True) < self.radius).float()
         return inside * torch.tensor(RED) + (1 - inside), inside
 
-    def __call__(self, image, polar, azimuth, step, as_latent=False, hints=None):
+    def __call__(self, image, polar, azimuth, step, as_latent=False, unit_range=True, hints=None):
         self.calls += 1
         target, inside = self.target(polar, azimuth, *image.shape[1:3])
         if as_latent:

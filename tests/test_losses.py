@@ -10,20 +10,24 @@ import torch
 from gridencoder import GridEncoder
 from nerf.losses import (
     center_of_mass,
+    convexity,
+    emptiness,
     entropy,
     normal_smooth_2d,
     normal_smooth_3d,
     opacity,
+    opaque,
     orientation,
     regularise_gradients,
     regularisers,
+    sparsity,
     z_variance,
 )
 from nerf.provider import orbit
 from nerf.renderer import Render
 
 NAMES = ("entropy", "opacity", "orient", "2d_normal_smooth", "3d_normal_smooth", "zvar", "center", "tv", "wd")
-NAMES += ("mesh_normal", "mesh_laplacian")
+NAMES += ("mesh_normal", "mesh_laplacian", "sparsity", "opaque", "emptiness", "convex")
 
 
 def picture(weights, rays, height, width, **values):
@@ -156,6 +160,29 @@ def test_only_active_losses_weighted():
     assert math.isclose(float(got["entropy"]), 2 * float(entropy(render)), rel_tol=1e-6)
 
 
+def test_threestudio_s_values():
+    """Golden values of the reference: sparsity 0.1 at alpha 0, opaque ln 2 at 1/2; emptiness by hand."""
+    empty, half = picture([0.0], [[0, 1]], 1, 1), picture([0.5], [[0, 1]], 1, 1)
+    assert float(sparsity(empty)) == pytest.approx(0.1) and float(sparsity(half)) == pytest.approx(math.sqrt(0.26))
+    assert float(opaque(half)) == pytest.approx(math.log(2))
+    assert float(opaque(empty)) == pytest.approx(-0.001 * math.log(0.001) - 0.999 * math.log(0.999), rel=1e-4)
+    both = picture([0.5, 0.25], [[0, 1], [1, 1]], 1, 2)
+    assert float(emptiness(both)) == pytest.approx((math.log(6) + math.log(3.5)) / 2)
+
+
+@pytest.mark.parametrize("azimuth", [0.0, 130.0])
+def test_a_ball_is_convex_and_a_bowl_is_not_from_every_side(azimuth):
+    cameras = orbit(70.0, azimuth, 3.0, 30.0, 32, 32)
+    x, y = torch.meshgrid(torch.linspace(-0.6, 0.6, 32), torch.linspace(0.6, -0.6, 32), indexing="xy")
+    found = []
+    for sign in (1, -1):
+        local = torch.stack([sign * x, sign * y, (1 - x**2 - y**2).sqrt()], -1)
+        render = picture([0.0], [[0, 1]], 1, 1)
+        render.cameras, render.normal = cameras, (local @ cameras.c2w[0, :3, :3].T)[None]
+        found.append(float(convexity(render)))
+    assert found[0] < -0.1 and found[1] == pytest.approx(-found[0], rel=1e-4)
+
+
 def test_a_mesh_has_losses_of_its_own():
     """Two triangles at a right angle: 1 - cos 90; every vertex has the others as neighbours, or the two of the fold."""
     vertices = torch.tensor([[0.0, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1]])
@@ -164,7 +191,7 @@ def test_a_mesh_has_losses_of_its_own():
     render.weights, render.surface = None, surface
     every = dict.fromkeys(NAMES, 1.0) | {"mesh_normal": 2.0}
     got = regularisers(options(**every), 0, Scene(), render)
-    assert set(got) == {"opacity", "mesh_normal", "mesh_laplacian"}
+    assert set(got) == {"opacity", "sparsity", "opaque", "mesh_normal", "mesh_laplacian"}
     assert float(got["mesh_normal"]) == pytest.approx(2)
 
 

@@ -129,7 +129,7 @@ def test_no_guidance_is_built_for_results_alone(options, monkeypatch):
     import nerf.trainer
 
     order = []
-    monkeypatch.setattr(nerf, "build_scene", lambda opt, device: order.append(torch.initial_seed()) or "scene")
+    monkeypatch.setattr(nerf, "build_scene", lambda opt, **more: order.append(torch.initial_seed()) or "scene")
     told = SimpleNamespace(wants=())
     monkeypatch.setattr(guidance, "build_guidance", lambda opt, device: order.append(str(device)) or told)
     monkeypatch.setattr(nerf.trainer, "Trainer", lambda *parts: parts)

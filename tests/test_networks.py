@@ -143,7 +143,7 @@ def test_parameter_groups(options, backbone):
     scene = build_scene(options("--backbone", backbone, "--bg_radius", 1.4, "--background", "mlp"))
     groups = {group["name"]: group for group in scene.parameter_groups(0.002)}
     assert {name: group["lr"] for name, group in groups.items()} == (
-        {"encoder": 0.02, "trunk": 0.002, "background": 0.002}
+        {"encoder": 0.002, "trunk": 0.002, "background": 0.002}
         if backbone == "grid"
         else {"trunk": 0.002, "background": 0.002}
     )
@@ -158,9 +158,12 @@ def test_progressive_levels(options):
     full = scene.encode(x)
     for ratio, share in (0.0, 0.25), (0.125, 0.5), (0.375, 1.0):
         scene.set_progress(ratio)
-        assert scene.max_level == share
+        assert scene.max_level == (share if share < 1 else None)
         live = round(share * full.shape[1])
         assert torch.equal(scene.encode(x)[:, :live], full[:, :live]) and (scene.encode(x)[:, live:] == 0).all()
+    opened = rough(options("--max_level", "[0, 0.25, 1, 1]", "--iters", 100))
+    opened.set_progress(0.5)
+    assert opened.max_level == pytest.approx(0.625)
     plain = rough(options())
     plain.set_progress(0.0)
     assert plain.max_level is None

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from optimizer import Adan, build_optimizer, learning_rate_factor
+from errors import UserError
+from optimizer import Adan, build_optimizer, learning_rate_factor, rate_factors
 
 
 class ScalarAdan:
@@ -152,7 +153,7 @@ def test_rates_of_groups_and_schedule(options):
 
     def rates(*typed):
         opt = options("--lr", "[0, 0.01, 0.002, 1]", "--iters", 100, *typed)
-        groups = [{"params": [p], "lr": 10 * opt.lr.max(), "name": "encoder"}, {"params": [q], "lr": opt.lr.max()}]
+        groups = [{"params": [p], "lr": opt.lr.max(), "name": "encoder"}, {"params": [q], "lr": opt.lr.max()}]
         optimizer = build_optimizer(opt, groups)
         scheduler = LambdaLR(optimizer, learning_rate_factor(opt))
         found = [scheduler.get_last_lr()]
@@ -167,8 +168,18 @@ def test_rates_of_groups_and_schedule(options):
     optimizer, found = rates("--optim", "adan")
     assert isinstance(optimizer, Adan) and optimizer.param_groups[0]["max_grad_norm"] == 5
     assert found == [pytest.approx([0.5, 0.05]), pytest.approx([0.3, 0.03])]
+    for name, kind in (("adamw", torch.optim.AdamW), ("adamax", torch.optim.Adamax)):
+        optimizer, found = rates("--optim", name, "--lr_scale", "encoder=0.5")
+        assert isinstance(optimizer, kind) and found[0] == pytest.approx([0.005, 0.01])
     _, found = rates("--optim", "adam", "--backbone", "vanilla")
     assert found[1] == pytest.approx([0.06 * 0.1**0.5, 0.006 * 0.1**0.5])
+
+
+@pytest.mark.parametrize("text", ["encoder", "encoder=fast", "roof=2", "trunk=-1", "trunk=nan"])
+def test_a_wrong_factor_is_said(text):
+    assert rate_factors(" trunk = 2 , encoder=0.5,") == {"trunk": 2.0, "encoder": 0.5}
+    with pytest.raises(UserError, match="--lr_scale"):
+        rate_factors(text)
 
 
 @pytest.mark.cuda

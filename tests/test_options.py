@@ -250,6 +250,7 @@ def test_every_value_survives_saving(tmp_path):
         "min_near",
         "negative_w",
         "IF",
+        "latent",
         "latent_iter_ratio",
     }
     for name, flag in FLAGS.items():

@@ -29,6 +29,7 @@ def options(**changes):
         "iters": 1000,
         "view_group": 1,
         "dmtet": False,
+        "size_scale": lambda step: 1.0,
         "h": 48,
         "w": 64,
     }

@@ -320,7 +320,7 @@ def test_warm_up_hands_normals_and_mask_over_as_latents(trainer):
     shapes = []
     inner = run.guidance.__class__.__call__
 
-    def call(self, image, *rest, as_latent=False, hints=None):
+    def call(self, image, *rest, as_latent=False, unit_range=True, hints=None):
         shapes.append((image.shape[-1], as_latent))
         return inner(self, image, *rest, as_latent=as_latent, hints=hints)
 
@@ -363,3 +363,42 @@ def test_six_views_have_names_and_transparency(trainer):
     assert len(paths) == 18
     front = Image.open(next(p for p in paths if p.name == "step_0000001_front_rgb.png"))
     assert front.mode == "RGBA" and front.getpixel((0, 0))[3] < 20 and front.getpixel((12, 12))[3] > 200
+
+
+def test_batches_that_are_added_up_are_one_larger_batch(trainer):
+    """The mean of the batches' gradients is what the optimiser sees; a step is a step, whatever it is made of."""
+
+    def first_gradient(*typed):
+        run = trainer("--batch_size", 1, "--theta_range", 80, 80, "--phi_range", 30, 30, *typed)
+        run._ready()
+        run._train_step()
+        return run, run.scene.grid.grad.flatten()
+
+    one, alone = first_gradient()
+    three, together = first_gradient("--accumulate", 3)
+    assert (one.guidance.calls, three.guidance.calls) == (1, 3) and one.step == three.step == 1
+    assert torch.nn.functional.cosine_similarity(alone, together, dim=0) > 0.98
+    assert float(together.norm()) == pytest.approx(float(alone.norm()), rel=0.1)
+
+
+def test_a_bad_batch_spoils_the_whole_step(trainer):
+    run = trainer("--accumulate", 2, spoil={1})
+    run.train()
+    assert run.guard.skipped == 1
+
+
+def test_what_a_step_looks_at(options):
+    def drawn(step, *typed):
+        opt = options(*QUICK, "--albedo_iter_ratio", 0, *typed)
+        generators = {name: torch.Generator().manual_seed(0) for name in ("cameras", "shading")}
+        return draw_view(opt, step, generators, 4 if opt.latent else 3, False)
+
+    assert drawn(3, "--textureless_ratio", 0).shading == "lambertian"
+    assert drawn(3, "--albedo_ratio", 1).shading == "albedo"
+    assert drawn(3, "--train_shading", "normal").shading == "normal"
+    warm = drawn(0, "--latent_iter_ratio", 0.5, "--train_shading", "normal")
+    assert (warm.as_latent, warm.with_mask, warm.shading) == (True, True, "normal")
+    latent = drawn(3, "--latent")
+    assert (latent.as_latent, latent.with_mask, latent.shading) == (True, False, "albedo")
+    sizes = [drawn(step, "--w", 16, "--h", 8, "--size_scale", "[0, 1, 1, 12, 4, 12]").cameras for step in (11, 12)]
+    assert [(c.height, c.width) for c in sizes] == [(8, 16), (32, 64)]

@@ -75,7 +75,7 @@ def views(
     trainer = Trainer(opt, nerf.build_scene(opt), None, "cpu")
     with trainer.showing("evaluation") as scene:
         cameras = orbit(torch.full_like(azimuth, POLAR), azimuth, RADIUS, FOVY, size, size)
-        render = scene.render(cameras, background=torch.ones(3))
+        render = scene.show(cameras, torch.ones(3), trainer.step)
     return render.image.clamp(0, 1), render.alpha[..., 0]
 
 

@@ -1,0 +1,367 @@
+"""The systems in configs/systems for the tests: their stages, and what was published for each.
+
+The numbers are those of threestudio's configuration files (and NeMo's), converted where a comment of the YAML says so.
+"""
+
+from options import CONFIGS
+
+NAMES = sorted(path.stem for path in (CONFIGS / "systems").glob("*.yaml"))
+STAGES = {  # script -> its stages, first to last
+    "magic3d.sh": ["magic3d-coarse-sd", "magic3d-refine-sd"],
+    "latentnerf.sh": ["latentnerf", "latentnerf-refine"],
+    "sketchshape.sh": ["sketchshape", "sketchshape-refine"],
+    "fantasia3d.sh": ["fantasia3d", "fantasia3d-texture"],
+    "prolificdreamer.sh": ["prolificdreamer", "prolificdreamer-geometry", "prolificdreamer-texture"],
+    "nemo.sh": ["nemo-dreamfusion", "nemo-dmtet"],
+}
+
+
+# ---- published: parts of configurations ---------------------------------------------------------------------------------
+
+
+def camera(elevation, distance, fovy, show=None, perturbed=True):
+    """threestudio's camera block: elevations (degrees above the horizon), distances, fields of view; what it shows results from."""
+    found = {"theta_range": (90 - elevation[1], 90 - elevation[0]), "radius_range": distance, "fovy_range": fovy}
+    found |= {"jitter_pose": perturbed, "phi_range": (-180, 180)}
+    if perturbed:  # camera_perturb 0.1 is half the width
+        found |= {"jitter_center": 2 * 0.1, "jitter_target": 0.2, "jitter_up": 0.02}
+    height, far, angle = show
+    return found | {"default_polar": 90 - height, "default_radius": far, "default_fovy": angle}
+
+
+def sds(scale, low=0.02, high=0.98, weighting="sds"):
+    """eps_c + scale (eps_c - eps_u) is a guidance of scale + 1."""
+    return {"distill": "sds", "guidance_scale": scale + 1, "t_range": (low, high), "weighting": weighting}
+
+
+def views(front=45):
+    """Words by thresholds: 60 degrees of elevation, `front` degrees to either side."""
+    return {"view_words": 4, "view_blend": False, "angle_overhead": 90 - 60, "angle_front": 2 * front}
+
+
+def hash_grid(radius, finest=4096):
+    """16 levels from 16 to `finest` cells across a box of `radius`; ours are counted across a box of 1."""
+    found = {"bound": radius, "num_levels": 16, "level_dim": 2, "log2_hashmap_size": 19, "base_resolution": 16}
+    return found | {"desired_resolution": finest // radius, "hidden_dim": 64, "mlp_layers": 1 + 1}
+
+
+def marching(radius, samples=512):
+    """Steps of 2 sqrt(3) radius / samples; empty is an alpha of 0.01."""
+    step = 2 * 1.732 * radius / samples
+    return {"cuda_ray": True, "grid_size": 32, "max_steps": samples // radius, "density_thresh": round(0.01 / step, 2)}
+
+
+def blob(height, width, activation="softplus"):
+    return {"density_activation": activation, "blob_density": height, "blob_radius": width}
+
+
+def adam(lr, steps, optim="adam", **factors):
+    return {"optim": optim, "lr": lr, "lr_scale": factors, "iters": steps, "ema_decay": 0}
+
+
+def weights(**given):
+    """Regularisers; those not named are 0."""
+    zero = dict.fromkeys(("entropy", "opacity", "orient", "sparsity", "opaque", "emptiness", "convex", "eikonal"), 0)
+    zero |= dict.fromkeys(("zvar", "shape", "tv", "wd", "2d_normal_smooth", "3d_normal_smooth", "center"), 0)
+    return {f"lambda_{name}": value for name, value in {**zero, **given}.items()}
+
+
+def surface(**given):
+    mesh = {"mesh_normal": 0, "mesh_laplacian": 0} | given
+    return {"dmtet": True, "w": 512, "h": 512, "dmtet_reso_scale": 1, "batch_size": 1} | {
+        f"lambda_{name}": value for name, value in mesh.items()
+    }
+
+
+def at(*points):
+    """A course as (step, value) pairs, to compare with."""
+    return dict(points)
+
+
+SMALL = {"w": 64, "h": 64, "batch_size": 1, "latent_iter_ratio": 0}
+FULL = {"w": 512, "h": 512, "batch_size": 1, "latent_iter_ratio": 0}
+SD = {"sd_version": "2.1", "hf_key": None, "IF": False}
+IF = {"sd_version": "embedded", "hf_key": "DeepFloyd/IF-I-XL-v1.0", "IF": True}  # the key takes the version's place
+UNLIT = {"albedo_iter_ratio": 1}
+POINT_LIGHT = {"albedo_iter_ratio": 2000 / 10000, "albedo_ratio": 1 - 0.75, "textureless_ratio": 0.5}
+BANDS = {"max_level": at((0, 8 / 16), (2000, 8 / 16), (6500, 1), (9999, 1))}  # more in a test below
+ORIENT = at((0, 30 * 10), (2500, 30 * 505), (5000, 30 * 1000), (9999, 30 * 1000))  # per sample, 30 of them on a ray
+NETWORK, AUGMENTED = {"background": "mlp", "background_ratio": 1}, {"background": "mlp", "background_ratio": 0.5}
+LOW, WIDE = (-10, 45), (-10, 90)
+SHOW = (15, 2, 70)
+
+dreamfusion = {
+    **SD,
+    **SMALL,
+    **sds(100),
+    **views(),
+    **hash_grid(2),
+    **BANDS,
+    **marching(2),
+    **blob(10, 0.5),
+    **NETWORK,
+    **camera(LOW, (1.5, 2), (40, 70), SHOW),
+    **POINT_LIGHT,
+    "min_ambient_ratio": 0.1,
+    "normals": "analytic",
+    **weights(orient=ORIENT, sparsity=1),
+    **adam(0.01, 10000, encoder=1, trunk=1, background=0.001 / 0.01),
+}
+by_if = {**IF, **sds(20), **camera(WIDE, (1.5, 2), (40, 70), SHOW), "uniform_sphere_rate": 0.5}
+magic3d = {**dreamfusion, "weighting": "uniform", "max_level": 1, "min_ambient_ratio": 0}
+latent = {
+    **SD,
+    **SMALL,
+    **sds(100),
+    **views(),
+    **marching(1),
+    **NETWORK,
+    **camera(LOW, (1, 1.5), (40, 70), (15, 1.5, 70)),
+    **UNLIT,
+    **weights(sparsity=5e-4),
+    **adam(at((0, 1e-3), (100, 1e-2), (5050, 1e-2 * 0.1**0.5), (9999, 1e-3)), 10000, encoder=1, trunk=1, background=1),
+    "latent": False,
+}
+prolific = {
+    **SD,
+    "distill": "vsd",
+    "guidance_scale": 7.5,
+    "lora_scale": 1,
+    "lora_lr": 1e-4,
+    "lora_rank": 4,
+    **views(30),
+    **NETWORK,
+    **camera(LOW, (1, 1.5), (40, 70), (15, 1.5, 70), perturbed=False),
+    **UNLIT,
+}
+coarse = {
+    **prolific,
+    **SMALL,
+    **hash_grid(1),
+    **marching(1),
+    **blob(10, 0.5),
+    **AUGMENTED,
+    "t_range": (0.02, at((0, 0.98), (4999, 0.98), (5001, 0.5), (24999, 0.5))),
+    "size_scale": at((0, 1), (4999, 1), (5001, 8)),
+    **weights(sparsity=10, opaque=at((0, 0), (9999, 0), (10001, 1000))),
+    **adam(0.001, 25000, "adamw", encoder=0.01 / 0.001, trunk=1, background=1),
+}
+fantasia = {
+    **SD,
+    **views(),
+    **camera(LOW, (3, 3), (25, 45), (15, 3, 45), perturbed=False),
+    **surface(),
+}
+nemo = {
+    **SD,
+    "distill": "sds",
+    "guidance_scale": 100,  # as it is defined here
+    "t_range": (0.02, 0.98),
+    "view_words": 4,
+    "view_blend": True,
+    "angle_overhead": 30,
+    "angle_front": 60,
+    "radius_range": (3, 3.5),
+    "theta_range": (45, 105),
+    "phi_range": (-180, 180),
+    "fovy_range": (10, 30),
+    "jitter_pose": False,
+    "default_radius": 3.2,
+    "default_polar": 90,
+    "default_fovy": 20,
+    "albedo_iter_ratio": 0,
+    "min_ambient_ratio": 0.1,
+    "textureless_ratio": 0.2,
+    "seed": 2023,
+    "batch_size": 1,
+    "W": 800,
+    "H": 800,
+    "optim": "adan",
+    "lr": 0.005 / 5,
+    "ema_decay": 0,
+}
+
+PUBLISHED = {
+    "dreamfusion-sd": dreamfusion,
+    "dreamfusion-if": {**dreamfusion, **by_if},
+    "dreamfusion-sd-plain": {k: v for k, v in dreamfusion.items() if k not in POINT_LIGHT}
+    | UNLIT
+    | {"lambda_orient": 0},
+    "dreamfusion-sd-augment": {**dreamfusion, **AUGMENTED},
+    "magic3d-coarse-sd": magic3d,
+    "magic3d-coarse-if": {**magic3d, **by_if, "weighting": "uniform"},
+    "magic3d-refine-sd": {
+        **SD,
+        **sds(100, high=0.5),
+        **views(),
+        **NETWORK,
+        **camera(LOW, (1.5, 2), (30, 45), SHOW),
+        **surface(mesh_normal=1e4),
+        "tet_grid_size": 128,
+        "albedo_iter_ratio": 0,
+        "min_ambient_ratio": 0,
+        **adam(0.01, 5000, encoder=1, trunk=1, background=1),
+    },
+    "sjc": {
+        **SD,
+        **SMALL,
+        **views(),
+        **NETWORK,
+        "distill": "sjc",
+        "guidance_scale": 101,
+        "t_range": (0.01, 0.97),
+        "latent": True,
+        "backbone": "voxel",
+        "voxel_size": 100,
+        "bound": 1,
+        "cuda_ray": False,
+        "num_steps": 512,
+        "upsample_steps": 0,
+        **camera(LOW, (1.5, 1.5), (40, 70), (20, 1.5, 70), perturbed=False),
+        **UNLIT,
+        **weights(emptiness=at((0, 1e4), (4999, 1e4), (5001, 2e5))),
+        **adam(0.05, 10000, "adamax", encoder=1, trunk=1, background=0.0001 / 0.05),
+    },
+    "latentnerf": {**latent, **hash_grid(1), **blob(5, 0.2, "exp"), "latent": True},
+    "latentnerf-refine": latent,
+    "sketchshape": {
+        **latent,
+        **hash_grid(1),
+        **blob(10, 0.5),
+        "latent": True,
+        **weights(shape=1 * 1e5),  # the mean of 10^5 samples, not their sum
+    },
+    "sketchshape-refine": {**latent, **weights(shape=1 * 1e5)},
+    "fantasia3d": {
+        **fantasia,
+        **hash_grid(1),
+        **sds(100, high=0.5, weighting="fantasia3d"),
+        "latent_iter_ratio": 1000 / 10000,
+        "train_shading": "normal",
+        "shape_init": "sphere 0.5",
+        "tet_grid_size": 128,
+        "init_with": None,
+        **adam(0.001, 10000, "adamw", encoder=1, trunk=1),
+    },
+    "fantasia3d-texture": {
+        **fantasia,
+        **sds(100, high=0.5),
+        "latent_iter_ratio": 0,
+        "lock_geo": True,
+        "material": "pbr",
+        "environment_scale": 2,
+        "background": "white",
+        **adam(0.01, 5000, "adamw", encoder=1, trunk=1, material=1),
+    },
+    "prolificdreamer": coarse,
+    "prolificdreamer-scene": {
+        **coarse,
+        **NETWORK,
+        **hash_grid(5),
+        **marching(5),
+        **blob(-10, 2.5),
+        "view_words": 0,
+        **camera(LOW, (0.1, 2.3), (40, 70), SHOW, perturbed=False),
+        "t_range": (0.02, at((0, 0.98), (9999, 0.98), (10001, 0.5))),
+        **weights(zvar=1),
+        "view_blend": True,
+        "angle_front": 60,
+    },
+    "prolificdreamer-geometry": {
+        **SD,
+        **sds(100, high=at((0, 0.98), (4999, 0.98), (5001, 0.5))),
+        **views(),
+        **camera(LOW, (1, 1.5), (40, 70), (15, 1.5, 70), perturbed=False),
+        **surface(mesh_normal=1e4, mesh_laplacian=6 * 1e4),
+        "tet_grid_size": 128,
+        "train_shading": "normal",
+        **adam(0.005, 15000, encoder=1, trunk=1),
+    },
+    "prolificdreamer-texture": {
+        **prolific,
+        **surface(),
+        "lock_geo": True,
+        "t_range": (0.02, at((0, 0.98), (4999, 0.98), (5001, 0.5))),
+        **adam(0.001, 30000, "adamw", encoder=10, trunk=1, background=1),
+    },
+    "hifa": {
+        **SD,
+        **FULL,
+        **sds(100, low=0.3),
+        "distill": "hifa",
+        "t_schedule": "auto",  # the square root, by the method
+        "lambda_image": 0.01,
+        **views(),
+        **hash_grid(1),
+        **marching(1),
+        **blob(10, 0.5),
+        **AUGMENTED,
+        **camera(LOW, (1, 1.5), (40, 70), (15, 1.5, 70), perturbed=False),
+        **UNLIT,
+        **weights(zvar=100, sparsity=1),
+        **adam(0.001, 25000, encoder=10, trunk=1, background=1),
+    },
+    "sdi": {
+        **dreamfusion,
+        **FULL,
+        "distill": "sdi",
+        "guidance_scale": 7.5,  # Perp-Neg's branch is as ours
+        "weighting": "auto",
+        "inversion_scale": -7.5,
+        "inversion_steps": 10,
+        "inversion_eta": 0.3,
+        "t_range": (0.25, 0.98),
+        "t_schedule": "linear",
+        "perpneg": True,
+        "view_blend": True,
+        "albedo_iter_ratio": 1000 / 10000,
+        "albedo_ratio": 1 - 0.3,
+        "textureless_ratio": 0.75,
+        "lambda_guidance": 1 / (4 * 64 * 64),  # published is a mean
+        **weights(
+            orient=30 * 0.1,
+            sparsity=at((0, 0.15), (1500, 0.075), (3000, 0)),
+            opaque=0.1,
+            convex=at((0, 1), (4000, 0.1)),
+            zvar=1,
+        ),
+    },
+    "textmesh-if": {
+        **{k: v for k, v in dreamfusion.items() if k not in blob(0, 0)},
+        **by_if,
+        **hash_grid(2, 2048),
+        "backbone": "sdf",
+        "shape_init": "sphere 0.5",
+        "normals": "finite",
+        **weights(eikonal=1000),
+        **adam(0.001, 10000, encoder=10, trunk=1, background=1),
+    },
+    "nemo-dreamfusion": {
+        **nemo,
+        **hash_grid(1, 2048),
+        "mlp_layers": 3,
+        **blob(5, 0.2, "exp"),
+        "normals": "finite",
+        "background": "#0000ff",
+        "cuda_ray": True,
+        "grid_size": 128,
+        "density_thresh": 10,
+        "max_steps": 1024,
+        "update_extra_interval": 16,
+        "latent_iter_ratio": 0.2,
+        "w": 64,
+        "h": 64,
+        "iters": 10000,
+        **weights(entropy=1e-3, orient=1e-2),
+        "lr_scale": {"encoder": 1, "trunk": 1},
+    },
+    "nemo-dmtet": {
+        **nemo,
+        **surface(mesh_normal=0.5, mesh_laplacian=6 * 0.5),
+        **NETWORK,
+        "tet_grid_size": 128,
+        "latent_iter_ratio": 0,
+        "iters": 5000,
+        "lr_scale": {"encoder": 1, "trunk": 1, "background": 1},
+    },
+}

@@ -1,0 +1,134 @@
+"""The scripts of the systems with several stages, against a stand-in for Python, and the commands in docs/systems.md."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from systems import NAMES, STAGES
+
+from options import ROOT, parse
+
+# ---- scripts ------------------------------------------------------------------------------------------------------------
+
+STAND_IN = """#!/usr/bin/env bash
+# Notes how main.py was called; "trains" unless told to be stopped.
+cd "$(dirname "$0")/../.."
+printf '%q ' "$@" >>calls
+echo >>calls
+while [[ $1 != --workspace ]]; do shift; done
+if [[ -e stopped ]]; then exit 0; fi
+mkdir -p "$2/checkpoints"
+touch -d '1 minute ago' "$2/checkpoints/step_0000004_final.pt"
+if [[ ! -e killed ]]; then touch "$2/report.html"; fi
+"""
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A copy of the scripts beside a stand-in for Python: `house(script, *args)` -> (exit status, calls of main.py since the last time, stderr)."""
+    for folder in ("scripts", ".venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    for path in (ROOT / "scripts").glob("*.sh"):
+        (tmp_path / "scripts" / path.name).write_text(path.read_text())
+    for name, text in (("scripts/setup.sh", "#!/bin/sh\n"), (".venv/bin/python", STAND_IN)):
+        (tmp_path / name).write_text(text)
+    for path in (*(tmp_path / "scripts").iterdir(), tmp_path / ".venv/bin/python"):
+        path.chmod(0o755)
+
+    def run(script, *args):
+        calls = tmp_path / "calls"
+        calls.unlink(missing_ok=True)
+        done = subprocess.run([tmp_path / "scripts" / script, *args], capture_output=True, text=True, cwd=tmp_path)
+        made = [shlex.split(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+        return done.returncode, made, done.stderr
+
+    run.folder = tmp_path
+    return run
+
+
+def after(call, flag):
+    return call[call.index(flag) + 1]
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_a_script_runs_the_stages_one_after_the_other_and_only_once(script, house):
+    more = ["--guide_shape", "my shape.obj", "--sd_version", "embedded"]
+    status, calls, _ = house(script, "a red chair", "made/", *more)
+    assert status == 0
+    assert [Path(after(call, "--config")).stem for call in calls] == STAGES[script]
+    assert all((ROOT / after(call, "--config")).is_file() for call in calls)
+    assert [after(call, "--workspace") for call in calls] == [f"made/{name}" for name in STAGES[script]]
+    starts = [after(call, "--init_with") if "--init_with" in call else None for call in calls]
+    assert starts == [None, *(f"made/{name}" for name in STAGES[script][:-1])]
+    assert ["--save_mesh" in call for call in calls] == [False] * (len(calls) - 1) + [True]
+    assert all(call[-4:] == more and after(call, "--text") == "a red chair" for call in calls)
+    for call in calls:
+        parse([*call[1:], "--workspace", str(house.folder / "none")])
+    assert house(script, "a red chair", "made", *more)[:2] == (0, [])
+    status, calls, line = house(script, "a blue chair", "made", *more)
+    assert (status, calls) == (2, []) and "a red chair" in line
+
+
+def test_a_stopped_stage_goes_on_and_the_next_one_waits(house):
+    (house.folder / "stopped").touch()
+    status, calls, line = house("magic3d.sh", "a chair", "made")
+    assert status == 130 and len(calls) == 1 and "the same command goes on" in line
+    (house.folder / "stopped").unlink()
+    (house.folder / "killed").touch()  # trained, but without results
+    assert [status, len(calls)] == [130, 1] and house("magic3d.sh", "a chair", "made")[0] == 0
+    (house.folder / "killed").unlink()
+    assert len(house("magic3d.sh", "a chair", "made")[1]) == 2
+    assert house("magic3d.sh", "a chair", "made")[:2] == (0, [])
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_a_script_refuses_what_it_cannot_do_and_explains_itself(script, house):
+    for args in ((), ("a chair",), ("a chair", "--sd_version"), ("a chair", "made", "--guide_shape", "x", "--text=b")):
+        status, calls, line = house(script, *args)
+        assert status == 2 and not calls and line.startswith("error: ") and line.count("\n") == 1
+    assert not (house.folder / "made").exists()
+    status, calls, _ = house(script, "--help")
+    assert status == 0 and not calls
+    assert os.access(ROOT / "scripts" / script, os.X_OK)
+
+
+def test_sketchshape_wants_its_shape_and_magic3d_knows_deepfloyd(house, monkeypatch):
+    assert house("sketchshape.sh", "a chair", "made")[:2] == (2, [])
+    monkeypatch.setenv("PRIOR", "if")
+    _, calls, _ = house("magic3d.sh", "a chair", "made")
+    assert (
+        after(calls[0], "--config").endswith("magic3d-coarse-if.yaml")
+        and after(calls[1], "--init_with") == "made/magic3d-coarse-if"
+    )
+
+
+# ---- docs/systems.md ----------------------------------------------------------------------------------------------------
+
+
+def commands() -> list[list[str]]:
+    """The commands of ours: those in the last column of the tables of docs/systems.md."""
+    rows = [line for line in (ROOT / "docs" / "systems.md").read_text().splitlines() if line.startswith("| ")]
+    texts = [
+        text for row in rows for text in re.findall(r"`((?:main\.py|scripts/\w+\.sh) [^`]*)`", row.split(" | ")[-1])
+    ]
+    assert len(texts) > 40
+    return [shlex.split(text) for text in texts]
+
+
+def test_the_documented_commands_are_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in commands():
+        program, *words = command
+        assert (ROOT / program).is_file(), command
+        if program == "main.py" and "--test" not in words and not any("lib:" in word for word in words):
+            parse([*words, *([] if "--text" in words else ["--text", "x"])])
+
+
+def test_every_system_is_documented():
+    text = (ROOT / "docs" / "systems.md").read_text()
+    assert not [name for name in NAMES if f"`{name}`" not in text]
+    assert not [script for script in STAGES if f"scripts/{script}" not in text]
+    assert text.count("<!-- table of benchmarks/systems.py -->") == text.count("<!-- end of the table -->") == 1
