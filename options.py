@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import library
 from errors import UserError
 from files import atomic
 from flags import FLAGS, GROUPS, PRESETS, Flag, convert, show
@@ -38,7 +39,7 @@ from schedule import Schedule
 __all__ = ["CONFIGS", "ROOT", "SAVED", "Options", "Parser", "parse", "parser"]
 
 VERSION = "0.1"
-_ABOUT_CALL = ("O", "O2", "config", "file")  # steer the parsing itself; not attributes of the result
+_ABOUT_CALL = ("O", "O2", "config", "file", "prompt_library")  # steer the parsing itself; not attributes of the result
 _SEVERAL = ("pair", "schedules")
 MESH_FORMATS = ("obj", "glb", "ply", "usdz", "stl")
 
@@ -122,6 +123,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     for where, layer in [*before, *chosen, typed]:
         values |= layer
         origins |= dict.fromkeys(layer, where)
+    if values["text"] is not None:
+        values["text"] = library.resolve(values["text"], values["prompt_library"])
     _check(values, origins)
     kept = {name: value for name, value in values.items() if name not in _ABOUT_CALL}
     return Options(_resolved(kept), {name: origins[name] for name in kept})

@@ -16,7 +16,7 @@ from flags import FLAGS, PRESETS
 from options import ROOT, Options
 
 KERNELS = ("raymarching", "gridencoder", "freqencoder", "shencoder", "rasterizer")
-STEER_PARSING = {*PRESETS, "config", "file"}
+STEER_PARSING = {*PRESETS, "config", "file", "prompt_library"}
 TEXTS = {
     ".py",
     ".md",
