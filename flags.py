@@ -136,7 +136,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
              choices=("grid", "vanilla", "voxel", "sdf")),
         Flag("latent", "flag", False, "the scene consists of the prior's latents; a second stage (--init_with) turns them into colors"),
         Flag("voxel_size", "int", 100, "--backbone voxel: nodes along an edge", range="[4, 512]"),
-        Flag("sdf_beta", "float", 0.1, "--backbone sdf: softness of the surface at the start", "world units", "> 0"),
+        Flag("sdf_beta", "float", 0.05, "--backbone sdf: softness of the surface at the start", "world units", "> 0.001"),
         Flag("bound", "float", 1.0, "the scene is the cube from -bound to bound", "world units", "> 0"),
         Flag("density_activation", "choice", "exp", "from network output to density", choices=("exp", "softplus")),
         Flag("density_thresh", "float", 10.0, "densities below are empty space for --cuda_ray", "1 / world unit", "> 0"),

@@ -18,7 +18,8 @@ CONFIGS = ROOT / "configs"
 SAVED = "config.yaml"
 EMBEDDED = "embedded"  # the section of a system
 # what a scene's tensors depend on
-_STRUCTURE = {flag.name for flag in GROUPS["Scene"]} | {"tet_grid_size", "material"}
+_FIELD = {flag.name for flag in GROUPS["Scene"]} - {"latent"}
+_SURFACE = _FIELD | {"tet_grid_size", "material"}
 
 Layer = tuple[str, dict[str, Any]]  # where the values come from ("typed", "-O", a file) and the values
 
@@ -77,7 +78,8 @@ def _structure_of(start: str) -> Layer:
             f"--init_with {start}: no {SAVED} in {folder}; a checkpoint is read together with its workspace"
         )
     where, values = read_config(folder / SAVED, "; is it damaged?")
-    return where, {name: value for name, value in values.items() if name in _STRUCTURE}
+    structure = _SURFACE if values.get("dmtet") else _FIELD
+    return where, {name: value for name, value in values.items() if name in structure}
 
 
 def read_config(path: Path, hint: str = "") -> Layer:

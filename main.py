@@ -78,6 +78,10 @@ def build(opt):
         if opt.latent:
             from nerf.latent import decode_with
 
+            if guidance.prior.latent_channels != scene.channels:
+                raise UserError(
+                    f"--latent: needs a model with {scene.channels} latent channels, this one has {guidance.prior.latent_channels}; leave it out"
+                )
             decode_with(scene, guidance.prior)
     return Trainer(opt, scene, guidance, device)
 

@@ -31,13 +31,15 @@ def extract(
     decimate_target: int = 50000,
     threshold: float | None = None,
     progress: Callable[[float], None] = lambda share: None,
+    shape: Field | None = None,
 ) -> tuple[Mesh, float] | None:
     """The surface of `field` inside [-bound, bound]^3 and the density (1 / length) at which it lies; None, with a line said, if there is none.
 
     `alpha` and `depth` are renders of the field from `cameras`: the threshold is chosen so that the mesh has the outline alpha > 1/2
     (`choose_threshold`), unless one is given. A density is an inverse length, so a threshold holds whatever the grid's spacing or the number
     of samples. `resolution` nodes span the longest side of the box that holds the object, found on a coarse grid first.
-    `decimate_target` faces at most; 0 or less keeps all. `progress` is called with the share done, 0 to 1.
+    `decimate_target` faces at most; 0 or less keeps all. `progress` is called with the share done, 0 to 1. `shape`: something with the same level
+    sets as `field` and an even slope, to find the surface by.
     """
     device = alpha.device
     covered = _covered(alpha)
@@ -45,7 +47,8 @@ def extract(
         say("no mesh: the scene is empty (its alpha is below 0.05 in every view)")
         return None
     low, high = torch.full((3,), -float(bound)), torch.full((3,), float(bound))
-    coarse = _evaluate(field, low, high, [min(COARSE, resolution)] * 3, device)
+    look = shape or field
+    coarse = _evaluate(look, low, high, [min(COARSE, resolution)] * 3, device)
     progress(0.1)
 
     def level(grid: Tensor, low: Tensor, high: Tensor, every: int = 1) -> float:
@@ -69,7 +72,7 @@ def extract(
             f"no mesh: the density reaches {float(coarse.max()):.3g} at most, the threshold is {iso:.3g} (--mesh_threshold)"
         )
         return None
-    fine, low, high = _refine(field, coarse, iso, low, high, box, resolution, device)
+    fine, low, high = _refine(look, coarse, iso, low, high, box, resolution, device)
     progress(0.5)
     iso = level(fine, low, high)
     vertices, faces = _march(fine, iso, low, high)
@@ -84,7 +87,9 @@ def extract(
     progress(0.8)
     normals = vertex_normals(vertices, faces)
     spacing = float((high - low).max()) / max(fine.shape)
-    at = (torch.as_tensor(value, dtype=torch.float32, device=device) for value in (vertices, normals))
+    at = [torch.as_tensor(value, dtype=torch.float32, device=device) for value in (vertices, normals)]
+    if shape is not None:
+        iso = float(_query(field, at[0], "sigma").median())
     colors = colors_seen(field, *at, spacing, iso).cpu().numpy()
     progress(1.0)
     return Mesh(vertices.astype(np.float32), faces, colors, normals.astype(np.float32)), iso

@@ -39,7 +39,7 @@ def build_scene(opt: Any, channels: int = 3, device: Any = "cpu", model: Any = N
         from nerf.particles import Particles
 
         scene = Particles([build() for _ in range(opt.particles)])
-    if opt.guide_shape:
+    if opt.guide_shape and not (opt.test or opt.six_views or opt.dmtet):
         from nerf.guide_shape import GuideShape
 
         scene.guide_shape = GuideShape(opt.guide_shape)

@@ -9,16 +9,11 @@ from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn import functional as F
 
-from mesh import losses
 from mesh.shapes import shape_sdf
 from nerf.network_grid import NeRFNetwork as Grid
-from nerf.probes import probes
-from nerf.renderer import Render
 
 SHARPEST = 1e-3  # beta stays above this, world units
-EVEN = (
-    0.05  # world units in which `even_density` falls by a factor of e: some cells of the grid that it is looked at on
-)
+EVEN = 0.05  # length in which `even_density` falls by a factor of e, world units
 MISSED = 1e-2  # optical depth, head-on, of the faint skirt outside that the occupancy grid may take for empty
 
 
@@ -99,9 +94,3 @@ class NeRFNetwork(Grid):
         step = tap * torch.eye(3, device=x.device)
         ahead, behind = self._raw(torch.stack([x + step, x - step]).reshape(-1, 3))[0].reshape(2, -1, 3)
         return (ahead - behind) / (2 * tap)
-
-
-def eikonal(render: Render, scene: nn.Module) -> Float[Tensor, ""]:
-    """What the scene calls a distance is one: mean (|grad s| - 1)^2 over the picture's samples (2^14 of them at most) and a quarter as many
-    points anywhere in the box (IGR, Gropp et al. 2020; VolSDF takes as many of either)."""
-    return losses.eikonal(scene.sdf_gradient(probes(render, scene.bound)))

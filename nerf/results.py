@@ -137,6 +137,7 @@ def extract_mesh(scene: Any, opt: Any, step: int, log: Callable[[str], None]) ->
             decimate_target=opt.decimate_target,
             threshold=None if opt.mesh_threshold == "auto" else float(opt.mesh_threshold),
             progress=lambda share: bar.update(40 + int(50 * share)),
+            shape=getattr(scene, "even_density", None) if opt.mesh_threshold == "auto" else None,
         )
         if found is None:
             return None

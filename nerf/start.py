@@ -36,7 +36,7 @@ def own(opt: Any) -> tuple[dict[str, Tensor], Path] | None:
     if not checkpoint.expected(folder, opt.ckpt):
         return None
     state, path = checkpoint.choose(folder, opt.ckpt)
-    return state["scene"], path
+    return _first(state["scene"]), path
 
 
 def earlier(opt: Any) -> tuple[dict[str, Tensor], Path]:
@@ -50,9 +50,13 @@ def earlier(opt: Any) -> tuple[dict[str, Tensor], Path]:
     state, path = found
     values = {**state["scene"], **state["average"]["average"]}
     say(f'--init_with: from {path}, "{state["text"]}", step {state["step"]}')
+    return _first(values), path
+
+
+def _first(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of several particles the first."""
     first = "scenes.0."
-    chosen = {name.removeprefix(first): value for name, value in values.items() if name.startswith(first)}
-    return chosen or values, path
+    return {name.removeprefix(first): value for name, value in values.items() if name.startswith(first)} or values
 
 
 def fitting(values: dict[str, Tensor], field: nn.Module) -> dict[str, Tensor]:

@@ -164,7 +164,7 @@ class Trainer:
                 view.cameras.azimuth,
                 step,
                 as_latent=view.as_latent,
-                unit_range=not opt.latent,
+                unit_range=view.with_mask or not view.as_latent,
                 hints=_hints(render),
             )
             terms = {"guidance": opt.lambda_guidance(step) * guided, **regularisers(opt, step, self.scene, render)}
@@ -211,7 +211,7 @@ class Trainer:
             cameras.azimuth,
             step,
             view.as_latent,
-            unit_range=not self.opt.latent,
+            unit_range=view.with_mask or not view.as_latent,
             hints=_hints(render),
         )
         path = make_folder(self.workspace / "guidance") / f"step_{step:07d}.png"

@@ -213,6 +213,8 @@ PUBLISHED = {
         "latent": True,
         "backbone": "voxel",
         "voxel_size": 100,
+        "density_activation": "softplus",  # of v - 1, no blob
+        "blob_density": 0,
         "bound": 1,
         "cuda_ray": False,
         "num_steps": 512,

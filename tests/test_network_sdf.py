@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
-from nerf import network_sdf
-from nerf.network_sdf import NeRFNetwork, eikonal
+from nerf.losses import regularisers
+from nerf.network_sdf import SHARPEST, NeRFNetwork
 from nerf.provider import orbit
 from nerf.renderer import Render
+
+QUIET = ("--lambda_entropy", 0, "--lambda_opacity", 0, "--lambda_orient", 0, "--lambda_center", 0)
 
 
 def seeded(seed=0):
@@ -34,7 +36,14 @@ def sampled(x):
     """A render that consists of these samples alone."""
     none = torch.zeros(1, 1, 1, 1)
     cameras = orbit(90.0, 0.0, 3.0, 30.0, 1, 1)
-    return Render(none.expand(1, 1, 1, 3), none, none, None, cameras, len(x), positions=x, generator=seeded())
+    return Render(
+        none.expand(1, 1, 1, 3), none, none, None, cameras, len(x), torch.zeros(len(x)), x, generator=seeded()
+    )
+
+
+def eikonal(options, render, scene):
+    """The regulariser alone, as training adds it up."""
+    return regularisers(options("--lambda_eikonal", 1, *QUIET), 0, scene, render)["eikonal"]
 
 
 def test_density_is_that_of_volsdf(options):
@@ -107,10 +116,10 @@ def test_eikonal(options, monkeypatch):
     """Of a distance 0; of twice a distance 1; and it asks in empty space too."""
     scene = build(options)
     x = points(500)
-    assert eikonal(sampled(x), scene).item() < 1e-6
+    assert eikonal(options, sampled(x), scene).item() < 1e-6
     shape, asked = scene._shape, []
     monkeypatch.setattr(scene, "_shape", lambda p: asked.append(p) or 2 * shape(p))
-    assert math.isclose(eikonal(sampled(x), scene).item(), 1, abs_tol=1e-3)
+    assert math.isclose(eikonal(options, sampled(x), scene).item(), 1, abs_tol=1e-3)
     assert torch.equal(asked[0][:500], x) and len(asked[0]) == 625
 
 
@@ -123,7 +132,7 @@ def test_eikonal_teaches_the_grid(options, kind):
 
     def loss():
         render.generator = seeded()
-        return eikonal(render, scene)
+        return eikonal(options, render, scene)
 
     loss().backward()
     direction = torch.randn(table.shape, generator=seeded(6)) * (table.grad != 0)
@@ -192,11 +201,11 @@ def test_a_step_moves_everything(options):
     for step in range(3):
         scene.update_occupancy(step, seeded(step))
         render = scene.render(orbit(80.0, 0.0, 3.0, 30.0, 12, 12), "lambertian", ambient=0.5, generator=seeded(step))
-        loss = render.image.square().mean() + 0.1 * eikonal(render, scene)
+        loss = render.image.square().mean() + 0.1 * eikonal(options, render, scene)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     moved = {name for name, p in scene.named_parameters() if name in before and not torch.equal(p, before[name])}
     assert moved == set(before)
     assert (scene.sdf(points(200)) - (points(200).norm(dim=-1) - 0.4)).abs().max() > 1e-3
-    assert network_sdf.SHARPEST < scene.beta.item() < 0.2
+    assert SHARPEST < scene.beta.item() < 0.2
