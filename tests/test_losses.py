@@ -27,7 +27,7 @@ from nerf.provider import orbit
 from nerf.renderer import Render
 
 NAMES = ("entropy", "opacity", "orient", "2d_normal_smooth", "3d_normal_smooth", "zvar", "center", "tv", "wd")
-NAMES += ("mesh_normal", "mesh_laplacian", "sparsity", "opaque", "emptiness", "convex")
+NAMES += ("mesh_normal", "mesh_laplacian", "sparsity", "opaque", "emptiness", "convex", "eikonal", "shape")
 
 
 def picture(weights, rays, height, width, **values):
