@@ -139,13 +139,13 @@ def _continued(
         return _from_surface(opt, values, field, head, path)
     if not holds_latents(values):
         checkpoint.load_scene(field, fitting(values, field), path)
-    mesh = _extracted(opt, field.to(device), device)
+    mesh = surface_of_field(opt, field.to(device), device)
     field.cpu()
     _paint(field, mesh, opt)
     return _geometry(opt, mesh)
 
 
-def _extracted(opt: Any, field: NeRFRenderer, device: torch.device | str) -> Mesh:
+def surface_of_field(opt: Any, field: NeRFRenderer, device: torch.device | str = "cpu") -> Mesh:
     """The surface of a field, coloured."""
     generator = torch.Generator(device).manual_seed(opt.seed)
     field.eval()

@@ -1,11 +1,13 @@
 """A rough shape that the scene should fill: Sketch-Shape of Latent-NeRF (Metzer et al. 2023, section 3.2)."""
 
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from errors import UserError
 from nerf.probes import probes
@@ -16,6 +18,45 @@ AROUND = 0.3  # that grid reaches so far beyond the shape, world units
 TOLERANCE = 0.3  # how far from the guide's surface the scene is held to it, world units
 STRENGTH = 0.2  # a density counts as full by 1 - exp(-0.2 sigma)
 SURE = 1e-4  # the guide's word is taken as being within this of empty and full
+
+
+@dataclass(frozen=True)
+class DistanceGrid:
+    """Signed distances at the nodes of a cube from -reach to reach; trilinear in between, differentiable in the points."""
+
+    values: Float[Tensor, "1 1 N N N"]
+    reach: float
+
+    @classmethod
+    def around(cls, vertices: Any, faces: Any, reach: float, nodes: int = NODES) -> "DistanceGrid":
+        """Those of a triangle mesh, negative inside (arrays; `mesh.shapes.mesh_sdf`)."""
+        from mesh.shapes import mesh_sdf
+
+        axis = torch.linspace(-reach, reach, nodes)
+        z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")  # x varies fastest
+        values = mesh_sdf(vertices, faces)(torch.stack([x, y, z], -1).reshape(-1, 3))
+        return cls(values.reshape(1, 1, nodes, nodes, nodes), reach)
+
+    def to(self, device: torch.device | str) -> "DistanceGrid":
+        return DistanceGrid(self.values.to(device), self.reach)
+
+    def __call__(self, x: Float[Tensor, "M 3"]) -> Float[Tensor, "M"]:
+        """The distance, world units; beyond the cube a lower bound of it."""
+        nearest = x.clamp(-self.reach, self.reach)
+        nodes = self.values.shape[-1]
+        place = (nearest / self.reach + 1) * ((nodes - 1) / 2)
+        corner = place.detach().long().clamp(0, nodes - 2)
+        along = place - corner
+        inner = torch.zeros_like(x[:, 0])
+        table = self.values.reshape(-1)
+        for dx, dy, dz in product(
+            (0, 1), repeat=3
+        ):  # by hand: normals that learn need a second derivative, which grid_sample lacks
+            weight = torch.stack([along, 1 - along])[[1 - dx, 1 - dy, 1 - dz], :, [0, 1, 2]].prod(0)
+            index = ((corner[:, 2] + dz) * nodes + corner[:, 1] + dy) * nodes + corner[:, 0] + dx
+            inner = inner + weight * table[index]
+        beyond = (x - nearest).square().sum(-1)
+        return torch.where(beyond > 0, (inner.square() + beyond + 1e-12).sqrt(), inner)
 
 
 class GuideShape:
@@ -29,30 +70,23 @@ class GuideShape:
     def __init__(self, path: Path | str, size: float = 0.7, tolerance: float = TOLERANCE, nodes: int = NODES):
         from mesh.files import load_mesh
         from mesh.repair import normalise
-        from mesh.shapes import mesh_sdf
 
         try:
             import igl  # noqa: F401
         except ImportError:
             raise UserError(f"--guide_shape {path}: needs the package libigl; pip install libigl") from None
         mesh = normalise(load_mesh(Path(path), "--guide_shape"), size)
-        self.reach, self.tolerance = size + AROUND, tolerance
-        axis = torch.linspace(-self.reach, self.reach, nodes)
-        z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")  # grid_sample counts its axes from the last one back
-        values = mesh_sdf(mesh.vertices, mesh.faces)(torch.stack([x, y, z], -1).reshape(-1, 3))
-        if not bool((values < 0).any()):
-            raise UserError(f"--guide_shape {path}: it encloses no room, or is too thin; give a closed, solid shape")
-        self.grid = values.reshape(1, 1, nodes, nodes, nodes)
+        self.tolerance = tolerance
+        self.grid = DistanceGrid.around(mesh.vertices, mesh.faces, size + AROUND, nodes)
+        if not bool((self.grid.values < 0).any()):
+            raise UserError(
+                f"--guide_shape {path}: it encloses no room; give a closed shape that is not thinner than a sheet"
+            )
 
     def sdf(self, x: Float[Tensor, "M 3"]) -> Float[Tensor, "M"]:
         """The signed distance, negative inside, world units, without gradient; beyond the grid a lower bound of it."""
         self.grid = self.grid.to(x.device)
-        x = x.detach().float()
-        nearest = x.clamp(-self.reach, self.reach)
-        places = (nearest / self.reach)[None, None, None]
-        inner = F.grid_sample(self.grid, places, padding_mode="border", align_corners=True).reshape(-1)
-        beyond = (x - nearest).square().sum(-1)
-        return torch.where(beyond > 0, (inner.square() + beyond).sqrt(), inner)
+        return self.grid(x.detach().float())
 
     def loss(self, render: Render, scene: nn.Module) -> Float[Tensor, ""]:
         """How far the scene is from full inside and empty outside: the mean of `disagreement` over the picture's samples (2^14 of them at

@@ -10,6 +10,7 @@ from torch.autograd import grad
 from torch.nn import functional as F
 
 from mesh.shapes import shape_sdf
+from nerf.guide_shape import DistanceGrid
 from nerf.network_grid import NeRFNetwork as Grid
 
 SHARPEST = 1e-3  # beta stays above this, world units
@@ -34,11 +35,21 @@ class NeRFNetwork(Grid):
         start = max(opt.sdf_beta - SHARPEST, SHARPEST / 100)
         self.sharpness = nn.Parameter(torch.tensor(-math.log(start)))
         nn.init.zeros_(self.trunk[-1].weight[:1])
+        self.register_buffer("start", torch.zeros(1, 1, 0, 0, 0))  # distances that take the place of the shape
 
     @property
     def beta(self) -> Float[Tensor, ""]:
         """Softness of the surface, world units."""
         return SHARPEST + torch.exp(-self.sharpness)
+
+    def begin_as(self, vertices: Any, faces: Any) -> None:
+        """Start from a triangle mesh (arrays, world units) in place of `--shape_init`."""
+        self.start = DistanceGrid.around(vertices, faces, self.bound).values
+
+    def adapt(self, values: dict[str, Tensor]) -> None:
+        """Take the shape of the distances in `values`, a checkpoint that is about to be loaded."""
+        if "start" in values:
+            self.start = torch.empty_like(values["start"], device=self.start.device)
 
     def sdf(self, x: Float[Tensor, "M 3"]) -> Float[Tensor, "M"]:
         """The signed distance to the surface, negative inside, world units."""
@@ -78,7 +89,8 @@ class NeRFNetwork(Grid):
             x = x.float()
             hidden, last = self.trunk[:-1](self.encode(x)), self.trunk[-1]
             residual = F.linear(hidden, last.weight[:1], last.bias[:1])[:, 0]
-            return -(self._shape(x) + residual), hidden
+            shape = DistanceGrid(self.start, self.bound) if self.start.numel() else self._shape
+            return -(shape(x) + residual), hidden
 
     def _sigma(self, raw: Float[Tensor, "M"]) -> Float[Tensor, "M"]:
         beta = self.beta

@@ -26,8 +26,41 @@ def build_field_scene(opt: Any, channels: int, model: Path | None) -> nn.Module:
     if start is not None and found is None:
         if any(name.startswith("geometry.") for name in start[0]):
             raise UserError(f"--init_with {opt.init_with}: that run trained a surface; add --dmtet")
-        checkpoint.load_scene(field, fitting(start[0], field), start[1])
+        if opt.backbone == "sdf" and "sharpness" not in start[0]:
+            _grow_around(opt, field, *start)
+        else:
+            checkpoint.load_scene(field, fitting(start[0], field), start[1])
     return field
+
+
+def _grow_around(opt: Any, field: nn.Module, values: dict[str, Tensor], path: Path) -> None:
+    """A signed distance that begins as the surface and the colours of another run's field of densities."""
+    from mesh.start import surface_of_field
+    from mesh.texture import fit_colours
+
+    other = build_field(Replaced(opt, backbone=_backbone_of(path)), field.channels)
+    checkpoint.load_scene(other, fitting(values, other), path)
+    mesh = surface_of_field(opt, other)
+    field.begin_as(mesh.vertices, mesh.faces)
+    fit_colours(field, mesh, seeded(opt))
+
+
+def _backbone_of(checkpoint_file: Path) -> str:
+    from layers import SAVED, read_config
+
+    folder = checkpoint_file.parent.parent
+    return read_config(folder / SAVED)[1].get("backbone", "grid")
+
+
+class Replaced:
+    """Options with some values in place of their own."""
+
+    def __init__(self, opt: Any, **values: Any):
+        self.__dict__.update(values)
+        self._opt = opt
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._opt, name)
 
 
 def own(opt: Any) -> tuple[dict[str, Tensor], Path] | None:

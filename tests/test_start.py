@@ -70,6 +70,25 @@ def test_latents_become_colours_and_then_a_surface(finished, options, tmp_path):
     assert isinstance(trainer.scene.field, Adapter) and trainer.test()
 
 
+def test_densities_become_a_signed_distance_that_still_learns(finished, options, tmp_path):
+    first = finished("first", "--bg_radius", -1, "--num_steps", 64)
+    typed = ("--backbone", "sdf", "--lambda_eikonal", 1, "--bg_radius", -1, "--sdf_beta", 0.01)
+    opt = options("--workspace", tmp_path / "second", "--init_with", tmp_path / "first", *typed)
+    second = build_scene(opt)
+    points = torch.rand(400, 3, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
+    with first.showing("test") as scene, torch.no_grad():
+        dense = scene.density(points)["sigma"]
+    inside = second.sdf(points).detach() < 0
+    assert 0.05 < inside.float().mean() < 0.95
+    assert dense[inside].median() > 3 * dense[~inside].median()
+    trainer = Trainer(opt, second, BallGuidance(), "cpu")
+    trainer.train()
+    back = options("--workspace", tmp_path / "second", "--test")
+    shown = Trainer(back, build_scene(back), None, "cpu")
+    with shown.showing("test") as scene, trainer.showing("test") as own, torch.no_grad():
+        assert torch.equal(scene.sdf(points), own.sdf(points))
+
+
 def test_what_does_not_fit_is_said_in_one_line(finished, options, tmp_path):
     def refused(*typed):
         with pytest.raises(UserError) as told:
