@@ -85,7 +85,10 @@ def test_the_embedded_model_gets_values_of_its_own(name):
     assert not {
         flag: weight for flag, weight in heavy.items() if weight.max() > 100
     }  # those are for sums over 16384 latents
-    assert opt.lr.max() * max(rate_factors(opt.lr_scale).values()) == pytest.approx(10 * opt.lr.max())
+    fastest = opt.lr.max() * max(
+        rate_factors(opt.lr_scale).values()
+    )  # bare voxels learn faster than what a network reads
+    assert fastest == pytest.approx(0.1) if opt.backbone == "voxel" else fastest == pytest.approx(10 * opt.lr.max())
 
 
 @pytest.mark.parametrize("name", NAMES)
