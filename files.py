@@ -50,3 +50,29 @@ def atomic(path: Path) -> Iterator[Path]:
 def is_mesh_file(path: str | None) -> bool:
     """Whether this is the name of a mesh file, by its ending."""
     return path is not None and path.lower().endswith((".obj", ".ply", ".glb", ".gltf", ".stl", ".off"))
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Inside the block no other process may claim `folder`; UserError if one has. The claim dies with its owner.
+
+    Where the system has no such locks nothing happens.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(make_folder(folder) / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"--workspace {folder}: another run is at work there (process {file.read().strip() or 'unknown'}); "
+                "wait for it, or choose another --workspace"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield

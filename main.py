@@ -4,6 +4,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -36,18 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(opt) -> None:
     """Train if that is asked for, then show the scene: video or six views, mesh, report."""
     from errors import say
+    from files import claimed
 
     check_workspace(opt.workspace)
     for line in opt.changes.splitlines():
         say(line)
+    training = not (opt.test or opt.six_views)
     try:
-        trainer = build(opt)
-        if trainer.guidance is not None:
-            trainer.train()
-        trainer.test()
-        if opt.save_mesh:
-            trainer.export_mesh()
-        trainer.report()
+        with claimed(Path(opt.workspace)) if training else nullcontext():
+            trainer = build(opt)
+            if training:
+                trainer.train()
+            trainer.test()
+            if opt.save_mesh:
+                trainer.export_mesh()
+            trainer.report()
     except (MemoryError, RuntimeError) as error:
         raise _explained(error, opt) from None
 

@@ -1,5 +1,6 @@
 """The program from outside: exit status, the one line of an error, what is written; and the order in which it does things."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -217,3 +218,15 @@ def test_a_missing_part_of_this_program_is_a_bug(monkeypatch):
     monkeypatch.setattr(program, "run", run)
     with pytest.raises(ModuleNotFoundError):
         program.main(["--text", "a hamburger"])
+
+
+def test_two_runs_do_not_share_a_workspace(main, tmp_path):
+    """The second is told who is there; one that died leaves nothing behind."""
+    from files import claimed
+
+    with claimed(tmp_path / "busy"):
+        done = main("--text", "hamburger", "--workspace", "busy", "--iters", 2)
+        assert done.returncode == 2 and not (tmp_path / "busy" / "config.yaml").exists()
+        assert f"another run is at work there (process {os.getpid()})" in done.stderr and "Traceback" not in done.stderr
+    with claimed(tmp_path / "busy"):
+        pass

@@ -132,3 +132,32 @@ def test_every_system_is_documented():
     assert not [name for name in NAMES if f"`{name}`" not in text]
     assert not [script for script in STAGES if f"scripts/{script}" not in text]
     assert text.count("<!-- table of benchmarks/systems.py -->") == text.count("<!-- end of the table -->") == 1
+
+
+# ---- prompts, one after the other ---------------------------------------------------------------------------------------
+
+
+def test_a_list_of_prompts_is_made_one_after_the_other_and_only_once(house):
+    (house.folder / "prompts.txt").write_text(
+        "# mine\na red chair\n\n  a  'quoted' \"mug\" $HOME *  \na red  chair\nlast without a newline"
+    )
+    status, calls, told = house("run_prompts.sh", "prompts.txt", "made", "-O", "--iters", "5")
+    assert status == 0 and "4 prompts, 0 failed" in told
+    texts = [after(call, "--text") for call in calls]
+    assert texts == ["a red chair", "a  'quoted' \"mug\" $HOME *", "a red  chair", "last without a newline"]
+    folders = [after(call, "--workspace") for call in calls]
+    assert len(set(folders)) == 4 and all(call[-3:] == ["-O", "--iters", "5"] for call in calls)
+    status, calls, told = house("run_prompts.sh", "prompts.txt", "made")
+    assert (status, calls) == (0, []) and told.count("finished already") == 4
+
+
+def test_a_prompt_that_fails_does_not_stop_the_others_but_a_hand_does(house):
+    (house.folder / "prompts.txt").write_text("one\ntwo\nthree\n")
+    python = house.folder / ".venv/bin/python"
+    python.write_text(STAND_IN.replace("while [[", "if [[ $3 == two ]]; then exit ${FAIL:-3}; fi\nwhile [[", 1))
+    status, calls, told = house("run_prompts.sh", "prompts.txt", "made")
+    assert status == 1 and len(calls) == 3 and "failed: two" in told
+    python.write_text(python.read_text().replace("FAIL:-3", "FAIL:-130"))
+    status, calls, _ = house("run_prompts.sh", "prompts.txt", "other")
+    assert status == 130 and len(calls) == 2
+    assert house("run_prompts.sh", "nothing.txt", "made")[0] == 2 and house("run_prompts.sh")[0] == 2
