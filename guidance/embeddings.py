@@ -1,14 +1,15 @@
 """Embeddings of texts, kept on disk: a text encoder is read only for a text that it never saw, and the largest takes minutes."""
 
 import hashlib
+import json
 import os
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from errors import UserError, say
@@ -74,7 +75,7 @@ class CachedEncoder:
             path, self.known[text] = self.path(text), (None, None)
             try:
                 self.known[text] = _read(path)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 pass
             except (SafetensorError, OSError, KeyError, ValueError) as error:
                 reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -105,9 +106,9 @@ def _packed(excess: int, embedding: Tensor | None) -> bytes:
 
 def _read(path: Path) -> tuple[int, Tensor | None]:
     """The inverse of `_packed`; one of several errors if the file is damaged."""
-    with safe_open(path, "pt") as file:
-        header = file.metadata() or {}
-        embedding = file.get_tensor("embedding") if "embedding" in file.keys() else None  # noqa: SIM118 (no mapping)
+    data = path.read_bytes()  # at once: another process may take the file away
+    embedding = load(data).get("embedding")
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     excess = int(header["excess"])
     if header["checksum"] != _checksum(embedding):
         raise ValueError("its numbers changed")

@@ -217,3 +217,18 @@ def test_two_processes_at_once_do_no_harm(tmp_path, capfd):
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert "damaged" not in capfd.readouterr().err
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_that_vanishes_while_it_is_opened_is_simply_not_there(tmp_path, monkeypatch):
+    """Another process may throw it away at any moment: no error, and no word of damage."""
+    CachedEncoder(Encoder(), tmp_path).embed(["a"])
+    real = Path.read_bytes
+
+    def vanishing(path):
+        path.unlink()
+        return real(path)
+
+    encoder = Encoder()
+    cached = CachedEncoder(encoder, tmp_path)
+    monkeypatch.setattr(Path, "read_bytes", vanishing)
+    assert torch.equal(cached.embed(["a"])[0], encoder.one("a")) and encoder.asked == ["a"]
