@@ -119,7 +119,7 @@ def run_system(folder: Path, system: str, prompt: str, extra: Sequence[str], jud
 def markdown(results: dict[str, dict[str, list[dict[str, Any]]]], extra: Sequence[str]) -> str:
     """The table: a row for every stage, means over the prompts."""
     command = " ".join(["benchmarks/systems.py", *(["--", *extra] if extra else [])])
-    lines = [f"Made by `{command}`, with the embedded models and their numbers of steps.", ""]
+    lines = [f"Made by `{command}`, with the embedded models; flags after -- go to every stage.", ""]
     lines += [
         "| system | stage | IoU | R-Precision | two faces | seconds | memory, GB |",
         "|---|---|---:|---:|---:|---:|---:|",
