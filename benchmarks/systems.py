@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Every system, from its first stage to its last, on prompts whose objects are known: the table of docs/systems.md.
+"""Every system, from its first stage to its last, on prompts whose objects are known: the table and the picture of docs/systems.md.
 
 benchmarks/systems.py                                   all of them, five prompts, the embedded models' own number of steps
 benchmarks/systems.py --systems magic3d sjc --prompts 2 --reuse
@@ -146,6 +146,29 @@ def markdown(results: dict[str, dict[str, list[dict[str, Any]]]], extra: Sequenc
     return "\n".join(lines)
 
 
+def save_picture(path: Path, folder: Path, results: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
+    """The last stage of every system from the front, a column for each prompt."""
+    import numpy as np
+    from PIL import Image
+
+    from nerf.media import save_png
+    from toybox.sheet import labelled_sheet
+
+    def front(system: str, prompt: str) -> Any:
+        found = stage_workspace(folder, system, prompt, SYSTEMS[system][-1]).glob("validation/*_rgb.png")
+        pictures = sorted(found) if prompt in results[system] else []
+        if not pictures:
+            return None
+        sheet = np.asarray(Image.open(pictures[-1]).convert("RGB"))
+        return sheet[: sheet.shape[0], : sheet.shape[0]]  # its views stand side by side, the front first
+
+    shown = [prompt for prompt in PROMPTS if any(prompt in prompts for prompts in results.values())]
+    rows = {
+        SYSTEMS[system][-1].replace("-", "\n", 1): [front(system, prompt) for prompt in shown] for system in results
+    }
+    save_png(path, labelled_sheet(rows, shown, "The last stage of each system, from the front", 96))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs and table; returns the exit status."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -184,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     results.setdefault(system, {})[prompt] = known
         text = markdown(results, extra)
         print(text)
+        save_picture(args.out.with_suffix(".png"), folder, results)
         before, rest = args.out.read_text(encoding="utf-8").split(BEGIN)
         with atomic(args.out) as part:
             part.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")

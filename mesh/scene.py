@@ -118,13 +118,14 @@ class MeshScene(nn.Module):
         known = torch.cat([vertices, surface.normals], -1)[None]
         seen = self._raster.interpolate(known, raster, faces)
         covered = raster[..., 3] > 0
-        view = torch.nonzero(covered)[:, 0]
-        found = seen[covered]
+        pixel = torch.nonzero(covered.reshape(-1))[:, 0]  # once: the device is waited for
+        view = pixel // (size[0] * size[1])
+        found = seen.reshape(-1, 6)[pixel]
         point, normal = found[:, :3], F.normalize(found[:, 3:], dim=-1)
         towards = cameras.position[view] - point
         distance = towards.norm(dim=-1, keepdim=True)
         if self.locked:  # an open surface may be seen from behind
-            normal = normal * self._facing(surface, raster[covered][:, 3], towards)
+            normal = normal * self._facing(surface, raster.reshape(-1, 4)[pixel, 3], towards)
         if light is None:
             light = F.normalize(cameras.position, dim=-1)
         ambient = torch.as_tensor(ambient, dtype=torch.float32, device=point.device).reshape(-1, 1)

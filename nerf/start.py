@@ -1,6 +1,7 @@
 """What a scene begins as: new, or what an earlier run made (`--init_with`)."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def _grow_around(opt: Any, field: nn.Module, values: dict[str, Tensor], path: Pa
     from mesh.start import surface_of_field
     from mesh.texture import fit_colours
 
-    other = build_field(Replaced(opt, backbone=_backbone_of(path)), field.channels)
+    other = build_field(SimpleNamespace(**{**vars(opt), "backbone": _backbone_of(path)}), field.channels)
     checkpoint.load_scene(other, fitting(values, other), path)
     mesh = surface_of_field(opt, other)
     field.begin_as(mesh.vertices, mesh.faces)
@@ -50,17 +51,6 @@ def _backbone_of(checkpoint_file: Path) -> str:
 
     folder = checkpoint_file.parent.parent
     return read_config(folder / SAVED)[1].get("backbone", "grid")
-
-
-class Replaced:
-    """Options with some values in place of their own."""
-
-    def __init__(self, opt: Any, **values: Any):
-        self.__dict__.update(values)
-        self._opt = opt
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._opt, name)
 
 
 def own(opt: Any) -> tuple[dict[str, Tensor], Path] | None:

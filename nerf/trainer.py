@@ -123,7 +123,6 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.rate_factor(step) * self.guard.lr_factor
         self.optimizer.zero_grad(set_to_none=True)
-        values: dict[str, Any] = {}
         batches = [self._batch(step, first=i == 0) for i in range(opt.accumulate)]
         loss = torch.stack([loss.detach() for loss, _, _ in batches]).mean()  # not finite if one of them is not
         _, values, log = batches[-1]
