@@ -66,6 +66,15 @@ T* write(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// Calls body(T()) with the tensor's scalar type.
+template <class Body>
+auto dispatch(const Tensor& tensor, const char* name, const Body& body) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name, " must be float32 or float64, got ",
+                  torch::headeronly::toString(type));
+  return type == ScalarType::Double ? body(double()) : body(float());
+}
+
 // A new tensor on home's device, not initialised. On Linux a large one asks for huge pages first: for outputs of tens of
 // megabytes the page faults of the first write cost several times more than the write itself.
 inline Tensor new_output(const Tensor& home, const std::vector<int64_t>& sizes, ScalarType type) {

@@ -33,15 +33,6 @@ void add(const Tensor& home, const Body& body) {
   add_cpu(body);
 }
 
-// Calls body(T()) with the tensor's scalar type.
-template <class Body>
-auto dispatch(const Tensor& tensor, const char* name, const Body& body) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name, " must be float32 or float64, got ",
-                  torch::headeronly::toString(type));
-  return type == ScalarType::Double ? body(double()) : body(float());
-}
-
 int64_t size_of(const Tensor& tensor, int64_t axis) { return axis < tensor.dim() ? tensor.size(axis) : 0; }
 
 template <class T>

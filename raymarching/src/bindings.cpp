@@ -22,15 +22,6 @@ void run(const Tensor& home, const Body& body) {
   run_cpu(body);
 }
 
-// Calls body(T()) with the tensor's scalar type.
-template <class Body>
-auto dispatch(const Tensor& tensor, const char* name, const Body& body) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name, " must be float32 or float64, got ",
-                  torch::headeronly::toString(type));
-  return type == ScalarType::Double ? body(double()) : body(float());
-}
-
 std::tuple<Tensor, Tensor> near_far_op(const Tensor& rays_o, const Tensor& rays_d, const Tensor& aabb, double min_near) {
   const int64_t count = rays_o.dim() ? rays_o.size(0) : 0;
   const ScalarType type = rays_o.scalar_type();
