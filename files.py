@@ -1,11 +1,16 @@
 """Files that appear whole or not at all."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from errors import UserError
+
+_PART = re.compile(r"\..+\.(\d+)\.part(\..+)?")  # .NAME.PROCESS.part.SUFFIX: what `atomic` writes to
+_DEPTH = 3  # folders below a workspace that this program writes into
 
 
 def make_folder(folder: Path) -> Path:
@@ -56,14 +61,20 @@ def is_mesh_file(path: str | None) -> bool:
 def claimed(folder: Path) -> Iterator[None]:
     """Inside the block no other process may claim `folder`; UserError if one has. The claim dies with its owner.
 
-    Where the system has no such locks nothing happens.
+    What a killed owner left half-written is removed. Where the system has no such locks nothing happens.
     """
     try:
         import fcntl
     except ImportError:
         yield
         return
-    with open(make_folder(folder) / ".lock", "a+", encoding="utf-8") as file:
+    try:
+        file = open(make_folder(folder) / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write there ({error.strerror}): free some space or change --workspace"
+        ) from None
+    try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -72,7 +83,47 @@ def claimed(folder: Path) -> Iterator[None]:
                 f"--workspace {folder}: another run is at work there (process {file.read().strip() or 'unknown'}); "
                 "wait for it, or choose another --workspace"
             ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        _sign(file)
+        remove_halves(folder)
         yield
+    finally:
+        file.close()
+
+
+def _sign(file: IO[str]) -> None:
+    """Write who has claimed the folder, for the one who comes second. The claim holds without it, on a full disk for one."""
+    try:
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"{os.getpid()}\n".encode())
+    except OSError:
+        pass
+
+
+def remove_halves(folder: Path) -> list[Path]:
+    """Delete what processes that are gone left half-written (`atomic`) in `folder` and the folders of a run below it; returns what went."""
+    gone = []
+    for place, below, names in os.walk(folder):
+        if len(Path(place).relative_to(folder).parts) >= _DEPTH:
+            below.clear()
+        for name in names:
+            half = _PART.fullmatch(name)
+            if half and not _alive(int(half[1])):
+                path = Path(place) / name
+                try:
+                    path.unlink()
+                except OSError:  # somebody else's; it does no harm
+                    continue
+                gone.append(path)
+    return gone
+
+
+def _alive(process: int) -> bool:
+    if process == os.getpid():  # whose number this once was as well: nothing is being written yet
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True

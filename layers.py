@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "configs"
 SAVED = "config.yaml"
 EMBEDDED = "embedded"  # the section of a system
+PHOTOS = ("image", "image_config", "photos")
 # what a scene's tensors depend on
 _FIELD = {flag.name for flag in GROUPS["Scene"]} - {"latent"}
 _SURFACE = _FIELD | {"tet_grid_size", "material"}
@@ -31,7 +32,13 @@ def automatic(chosen: list[Layer], typed: Layer, evaluate: bool) -> tuple[list[L
         chosen = [(where, {k: v for k, v in layer.items() if k != "hf_key"}) for where, layer in chosen]
     method, pixels = last("distill", chosen, typed), last("IF", chosen, typed)
     embedded = last("hf_key", chosen, typed) is None and (pixels or last("sd_version", chosen, typed) == "embedded")
+    photos = any(last(name, chosen, typed) for name in PHOTOS)
+    alone = photos and last("text", chosen, typed) is None
+    if alone:
+        embedded = last("zero123", chosen, typed) is None
     layers = [_section("distill/published.yaml", method)]
+    if photos:
+        layers += [_section("photos.yaml", "alone" if alone else "text")]
     if embedded:
         layers += [(where, _published(layer)) for where, layer in chosen if EMBEDDED in layer]
         chosen = [
@@ -40,6 +47,7 @@ def automatic(chosen: list[Layer], typed: Layer, evaluate: bool) -> tuple[list[L
         layers += [read_config(CONFIGS / "embedded.yaml")]
         layers += [read_config(CONFIGS / "embedded-if.yaml")] if pixels else []
         layers += [_section("distill/embedded.yaml", method)]
+        layers += [_section("photos.yaml", "embedded" if alone else "embedded_text")] if photos else []
     if pixels:
         layers += [("--IF", {"latent_iter_ratio": 0.0})]  # there are no latents for normals to stand for
     if last("control", chosen, typed) == "canny":
@@ -51,6 +59,7 @@ def automatic(chosen: list[Layer], typed: Layer, evaluate: bool) -> tuple[list[L
     if is_mesh_file(start) or last("dmtet", known, typed):
         layers += [read_config(CONFIGS / "dmtet.yaml")]
         layers += [read_config(CONFIGS / "embedded-dmtet.yaml")] if embedded else []
+        layers += [_section("photos.yaml", "surface")] if photos else []
         layers += [read_config(CONFIGS / "embedded-mesh.yaml")] if embedded and is_mesh_file(start) else []
     if start is not None and not is_mesh_file(start) and not evaluate:
         layers += [_structure_of(start)]

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -35,19 +36,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(opt) -> None:
-    """Train if that is asked for, then show the scene: video or six views, mesh, report."""
-    from errors import say
+    """Train if that is asked for, then show the scene: video or six views, mesh, report. With a viewer: whatever is done there."""
+    from errors import UserError, leads, say
     from files import claimed
 
     check_workspace(opt.workspace)
     for line in opt.changes.splitlines():
         say(line)
     training = not (opt.test or opt.six_views)
+    if training and opt.image_config:
+        from nerf.photos import default_view
+
+        opt = opt.changed(**{k: v for k, v in default_view(opt).items() if opt.origins[k] != "typed"})
+    if opt.gui:
+        from nerf.gui import need_display
+
+        need_display()
+    from ranks import launched, together
+
+    if launched() and (not training or opt.gui or opt.viewer):
+        raise UserError(
+            "torchrun: several processes can only train together; leave out --test, --six_views, --gui, --viewer"
+        )
     try:
-        with claimed(Path(opt.workspace)) if training else nullcontext():
-            trainer = build(opt)
-            if training:
-                trainer.train()
+        with claimed(Path(opt.workspace)) if training and leads() else nullcontext():
+            with together():
+                trainer = build(opt)
+                if opt.gui or opt.viewer:
+                    look(opt, trainer)
+                    return
+                if training:
+                    trainer.train()
+            if not leads():
+                return
             trainer.test()
             if opt.save_mesh:
                 trainer.export_mesh()
@@ -56,12 +77,27 @@ def run(opt) -> None:
         raise _explained(error, opt) from None
 
 
+def look(opt, trainer) -> None:
+    """A viewer, until it is closed; it trains, saves and exports. A run that was trained then gets its report."""
+    if opt.gui:
+        from nerf.gui import show
+
+        show(trainer)
+    else:
+        from nerf.viewer import serve
+
+        serve(trainer, opt.viewer_host, opt.viewer_port)
+    if trainer.guidance is not None:
+        trainer.report()
+
+
 def build(opt):
     """The trainer with its scene and, unless only results are wanted, its guidance."""
     import torch
 
+    from devices import choose_device
     from errors import UserError
-    from nerf import build_scene
+    from nerf import begun_again, build_scene
     from nerf.trainer import Trainer
 
     device = choose_device(opt.device)
@@ -69,11 +105,12 @@ def build(opt):
         opt.seed
     )  # the weights that a scene starts from; later random numbers have generators of their own
     scene = build_scene(opt, device=device, model=_folder_of_latents(opt))
-    guidance = None
+    guidance = references = None
     if not (opt.test or opt.six_views):
-        from guidance import build_guidance
+        from nerf.photos import load_references
 
-        guidance = build_guidance(opt, device)
+        references = load_references(opt)
+        guidance = build_guidances(opt, device, references)
         if "original" in guidance.wants:
             raise UserError(
                 f"--hf_key {opt.hf_key}: this model edits pictures, and a new scene has none; try it on a picture with "
@@ -87,7 +124,32 @@ def build(opt):
                     f"--latent: needs a model with {scene.channels} latent channels, this one has {guidance.prior.latent_channels}; leave it out"
                 )
             decode_with(scene, guidance.prior)
-    return Trainer(opt, scene, guidance, device)
+    anew = partial(begun_again, opt, device=device, model=_folder_of_latents(opt))
+    return Trainer(opt, scene, guidance, device, anew, references)
+
+
+def build_guidances(opt, device, references):
+    """Who judges the pictures: the prior of the prompt, that of the photographs (`--lambda_zero123`), or both; or nobody."""
+    parts = {}
+    if opt.text is not None:
+        from guidance import build_guidance
+
+        parts["text"] = build_guidance(opt, device)
+    if opt.lambda_zero123.max() > 0:
+        import torch
+
+        from guidance.zero123 import View, build_view_guidance
+
+        c = references.cameras
+        numbers = torch.stack([c.polar, c.azimuth, c.radius, references.weight], -1).tolist()
+        masks = references.mask.permute(0, 3, 1, 2)
+        pictures = [View(references.picture(i), *row, masks[i]) for i, row in enumerate(numbers)]
+        parts["zero123"] = build_view_guidance(opt, pictures, device)
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    from guidance.several import Several
+
+    return Several(parts)
 
 
 def _folder_of_latents(opt) -> Path | None:
@@ -100,26 +162,12 @@ def _folder_of_latents(opt) -> Path | None:
     return Path(source.path_or_id) if source.local else None
 
 
-def choose_device(name: str):
-    """The torch device for `--device auto|cpu|cuda`; UserError if there is no GPU to take."""
-    import torch
-
-    from errors import UserError
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    elif name == "cuda" and not torch.cuda.is_available():
-        build = "no GPU answers" if torch.version.cuda else "this torch is a CPU build"
-        raise UserError(f"--device cuda: {build}; leave the flag out, or run scripts/setup.sh on a machine with a GPU")
-    return torch.device(name)
-
-
 def check_workspace(workspace: str) -> None:
     """Look, before anything slow, whether the workspace can be written; nothing is created yet."""
     from errors import UserError
 
     folder = Path(workspace).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not existing.is_dir():
         raise UserError(f"--workspace {workspace}: {existing} is a file, not a folder; choose another --workspace")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -21,6 +21,7 @@ from files import atomic
 from flags import FLAGS, GROUPS, PRESETS, Flag, convert, show
 from layers import (
     CONFIGS,
+    PHOTOS,
     ROOT,
     SAVED,
     Layer,
@@ -87,6 +88,14 @@ class Options:
             else:
                 lines.append(f"{origin}: " + ", ".join(f"{name} {show(getattr(self, name))}" for name in changed))
         return "\n".join(lines)
+
+    def changed(self, **values: Any) -> "Options":
+        """The same with other values for some flags; UserError if they make no sense."""
+        new = {name: convert(FLAGS[name], value, label(name, "typed")) for name, value in values.items()}
+        kept = {name: getattr(self, name) for name in self.__dict__ if name != "origins"}
+        origins = {**self.origins, **dict.fromkeys(new, "typed")}
+        _check(kept | new, origins)
+        return Options(_resolved(kept | new), origins)
 
     def save(self, path) -> None:
         """Write what a later --test needs, grouped and with the origin of each value as a comment; whole or not at all.
@@ -257,9 +266,10 @@ def _check(values: dict[str, Any], origins: dict[str, str]) -> None:
         raise UserError(f"{label(name, origins[name])} {show(values[name])}: {reason}")
 
     evaluate = values["test"] or values["six_views"]
-    if values["text"] is None and not evaluate:
+    photos = any(values[name] for name in PHOTOS)
+    if values["text"] is None and not evaluate and not photos:
         raise UserError(
-            '--text is missing: say what to make, as in --text "a hamburger" (or restore a finished run with --test)'
+            '--text is missing: say what to make, as in --text "a hamburger" (or show it: --image; or restore a finished run with --test)'
         )
     if values["text"] is not None and not values["text"].strip():
         refuse("text", 'it is empty; say what to make, as in --text "a hamburger"')
@@ -284,6 +294,10 @@ def _check(values: dict[str, Any], origins: dict[str, str]) -> None:
             "latent",
             "goes neither with --IF, which has no latents, nor with --dmtet and --lambda_clip, which need colors",
         )
+    if values["lambda_zero123"].max() > 0 and not photos and not evaluate:
+        refuse("lambda_zero123", "there is no picture to go by; give --image, --image_config or --photos")
+    if photos and values["latent"]:
+        refuse("latent", "photographs have no latents; leave one of them out")
     if values["guide_shape"] is None and values["lambda_shape"].max() > 0:
         refuse("lambda_shape", "name the shape with --guide_shape")
     if values["control"] != "none" and values["IF"]:
@@ -295,6 +309,8 @@ def _check(values: dict[str, Any], origins: dict[str, str]) -> None:
     for name in ("lock_geo", "material"):
         if values[name] not in (False, "plain") and not values["dmtet"]:
             refuse(name, "concerns surfaces; add --dmtet")
+    if values["gui"] and (values["viewer"] or values["six_views"]):
+        refuse("gui", "goes neither with --viewer nor with --six_views; leave one of them out")
     formats = [name.strip().lower() for name in values["mesh_format"].split(",")]
     if not set(formats) <= set(MESH_FORMATS):
         refuse("mesh_format", f"must be some of {', '.join(MESH_FORMATS)}, separated by commas")

@@ -56,7 +56,7 @@ def build_guidance(opt, device: torch.device | str) -> "Guidance":
         from guidance.clip import build_clip
 
         clip = build_clip(opt, prompts, device, dtype)
-    return Guidance(prior, prompts, distillation, opt.lambda_image, clip, opt.lambda_clip)
+    return Guidance(prior, prompts, distillation, opt.lambda_image, clip, opt.lambda_clip, opt.lambda_guidance)
 
 
 def build_prompts(opt, encoder, device: torch.device | str) -> PromptBank:
@@ -89,9 +89,18 @@ class Guidance:
     """Call it with a rendered picture; `loss.backward()` then puts the distillation gradient on the picture."""
 
     def __init__(
-        self, prior, prompts: PromptBank, distillation: Distillation, lambda_image=0.0, clip=None, lambda_clip=0.0
+        self,
+        prior,
+        prompts: PromptBank,
+        distillation: Distillation,
+        lambda_image=0.0,
+        clip=None,
+        lambda_clip=0.0,
+        weight=1.0,
     ):
-        """lambda_image: weight of the image-space term; clip: a second opinion (clip.py) with weight lambda_clip; numbers or schedules."""
+        """lambda_image: weight of the image-space term; clip: a second opinion (clip.py) with weight lambda_clip; weight: of the distillation;
+        numbers or schedules."""
+        self.weight = weight
         self.prior, self.prompts, self.distillation = prior, prompts, distillation
         self.lambda_image, self.clip, self.lambda_clip = lambda_image, clip, lambda_clip
 
@@ -115,7 +124,7 @@ class Guidance:
         begins, and so that a gradient scaler's large factor never enters a half-precision encoder.
 
         Returns (loss, log): loss = 1/2 |g|^2 summed over a sample and averaged over the batch, g the gradient on the latents; it tells the
-        gradient's size, not progress. The weight --lambda_guidance is the caller's. The log's values are scalars on the device.
+        gradient's size, not progress. It is multiplied by the weight. The log's values are scalars on the device.
         """
         weight = 0.0 if as_latent else value_at(self.lambda_image, step)
         with torch.enable_grad(), torch.autocast(image.device.type, enabled=False):
@@ -136,7 +145,8 @@ class Guidance:
         log["nonfinite"] = log["nonfinite"] + (~torch.isfinite(pulled)).sum()
         pulled = torch.nan_to_num(pulled, nan=0.0, posinf=0.0, neginf=0.0)
         value = 0.5 * len(image) * gradient.square().sum()
-        loss = SpecifyGradient.apply(image, pulled, value)
+        share = value_at(self.weight, step)
+        loss = SpecifyGradient.apply(image, share * pulled, share * value)
         if self.clip is not None and not as_latent and (share := value_at(self.lambda_clip, step)) > 0:
             opinion = self.clip(image, polar, azimuth)
             log["clip"] = opinion.detach()
@@ -169,6 +179,22 @@ class Guidance:
         estimate = self.prior.decode(draw.clean(draw.noisy, draw.guided(), draw.t))
         render = self.prior.decode(draw.latents) if as_latent else resize(image.permute(0, 3, 1, 2), noised.shape[-1])
         return torch.cat([render, noised, estimate], dim=-1).permute(0, 2, 3, 1)
+
+    def follow(self, opt) -> None:
+        """Prompt and strengths as these options say, the model as it is. UserError if it does not know the words; then nothing has changed."""
+        from guidance.embeddings import CachedEncoder
+        from guidance.memory import precision
+        from guidance.priors import text_encoder
+        from guidance.weights import resolve
+
+        encoder = CachedEncoder(text_encoder(resolve(opt), self.prior.device, precision(opt, self.prior.device)))
+        prompts = build_prompts(opt, encoder, self.prior.device)
+        encoder.close()
+        if self.clip is not None:
+            from guidance.clip import build_clip
+
+            self.clip = build_clip(opt, prompts, self.prior.device, precision(opt, self.prior.device))
+        self.prompts, self.distillation.settings, self.weight = prompts, Settings.of(opt), opt.lambda_guidance
 
     @property
     def wants(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from errors import say
 from guidance.perpneg import aggregate
 from guidance.timesteps import falling_timestep
+from ranks import mine
 from schedule import value_at
 
 
@@ -181,7 +182,8 @@ class Distillation:
         batch, device, group = len(draw.latents), draw.latents.device, self.prior.view_group
         first, last = draw.bounds
         if self.t_schedule == "random":
-            drawn = torch.randint(first, last + 1, (batch // group,), generator=draw.generator, device=device)
+            source = {"generator": draw.generator, "device": device}
+            drawn = mine(lambda count: torch.randint(first, last + 1, (count,), **source), batch // group)
             return drawn.repeat_interleave(group)
         t = falling_timestep(self.t_schedule, draw.progress, first, last, *self.masses)
         return torch.full((batch,), t, device=device)

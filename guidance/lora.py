@@ -14,7 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from errors import UserError
+from guidance.adapters import one_more, switch, tuner_layers
 from guidance.prior import Hints, Prior
+from ranks import average_gradients, mine
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the linear layers of every attention
 CONVOLUTIONS = ("conv1", "conv2")  # of every residual block
@@ -40,7 +42,6 @@ class Adaptation:
         Raises UserError if the denoiser has no attention or no time embedding.
         """
         from peft import LoraConfig
-        from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.prior, self.network, self.generator = prior, prior.denoiser, generator
         self.lr, self.warm_up, self.steps = lr, warm_up, 0
@@ -49,21 +50,23 @@ class Adaptation:
             raise UserError(
                 "--distill vsd: this model's denoiser has no attention or no time embedding to adapt; use another --distill"
             )
+        before = {layer: list(layer.active_adapters) for layer in tuner_layers(self.network)}  # `--lora`: stays on
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian")
         with torch.random.fork_rng([]):  # nobody else's random numbers move
             if generator is not None:
                 torch.default_generator.manual_seed(generator.initial_seed())
-            self.network.add_adapter(config, _NAME)
+            with one_more():
+                self.network.add_adapter(config, _NAME)
             width = time.timestep_embedder if hasattr(time, "timestep_embedder") else time
             self.camera = _camera_embedding(width.linear_2.out_features).to(prior.device)
-        self.trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        self.trained = {name: p for name, p in self.network.named_parameters() if f".{_NAME}." in name}
         for parameter in self.trained.values():
             parameter.data = parameter.data.to(prior.device, torch.float32)
         self.trained |= {f"camera.{name}": p for name, p in self.camera.named_parameters()}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr, betas=(0.9, 0.999), weight_decay=0.01)
         self._embedding: Tensor | None = None  # what the hook adds: [samples of the call, width]
         time.register_forward_hook(self._add_camera)
-        self._layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+        self._layers, self._others = tuner_layers(self.network), before
         self._switch(on=False)
 
     # -- asking ----------------------------------------------------------------------------------------------------
@@ -122,11 +125,13 @@ class Adaptation:
 
         Returns the loss before the step, without a gradient. A step whose gradient is not finite is not taken.
         """
-        prior, latents, draw = self.prior, latents.detach().float(), {"generator": self.generator}
+        prior, latents = self.prior, latents.detach().float()
         groups, device = len(latents) // prior.view_group, latents.device
-        t = torch.randint(prior.num_timesteps, (groups,), **draw, device=device).repeat_interleave(prior.view_group)
-        seen = (torch.rand(groups, **draw, device=device) >= DROPPED).float().repeat_interleave(prior.view_group)
-        noise = torch.randn(latents.shape, **draw, device=device)
+        draw = {"generator": self.generator, "device": device}
+        t = mine(lambda count: torch.randint(prior.num_timesteps, (count,), **draw), groups)
+        seen = (mine(lambda count: torch.rand(count, **draw), groups) >= DROPPED).float()
+        t, seen = (drawn.repeat_interleave(prior.view_group) for drawn in (t, seen))
+        noise = mine(lambda count: torch.randn(count, *latents.shape[1:], **draw), len(latents))
         signal, sigma = (table[t][:, None, None, None] for table in (prior.signal, prior.sigma))
         noisy = signal * latents + sigma * noise
         wanted = from_epsilon(noise, latents, signal, sigma, prior.prediction_type)
@@ -145,6 +150,7 @@ class Adaptation:
 
     def _step(self, count: int) -> None:
         """AdamW with the gradients of a sum over `count` numbers."""
+        average_gradients(list(self.trained.values()))
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         torch._foreach_div_(gradients, count)
         self.steps += 1
@@ -170,7 +176,8 @@ class Adaptation:
 
     def _switch(self, on: bool) -> None:
         for layer in self._layers:
-            layer._disable_adapters = not on  # enable_adapters() would walk over all parameters, 10 ms for a large UNet
+            others = self._others.get(layer, [])
+            switch(layer, [*others, _NAME] if on and _NAME in layer.scaling else others)
 
     def _known(self, hints: Hints) -> Hints:
         """The hints that are looked at."""

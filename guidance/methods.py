@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guidance.distillation import Draw, Method
+from ranks import mine
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
@@ -46,7 +47,8 @@ WEIGHTS = {"sds": variance, "uniform": uniform, "fantasia3d": middle, "ism": rat
 def fresh_noise(draw: Draw) -> Float[Tensor, "B C h w"]:
     """Independent standard normal noise."""
     latents = draw.latents
-    return torch.randn(latents.shape, generator=draw.generator, device=latents.device)
+    shape, source = latents.shape[1:], {"generator": draw.generator, "device": latents.device}
+    return mine(lambda count: torch.randn(count, *shape, **source), len(latents))
 
 
 def fixed_noise(draw: Draw) -> Float[Tensor, "B C h w"]:

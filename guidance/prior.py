@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from errors import UserError
+from ranks import mine
 
 Hints = dict[str, Tensor]
 """What a prior may know of the pictures besides the prompt, one row per sample: `c2w` [B, 4, 4], `normal` [B, H, W, 3] (world space, 0
@@ -84,7 +85,12 @@ class Prior:
         with torch.autocast(self.device.type, enabled=False):
             encoded = self.autoencoder.encode(image.to(self.autoencoder.dtype))
             posterior = getattr(encoded, "latent_dist", None)
-            latents = encoded.latents if posterior is None else posterior.sample(generator)
+            if posterior is None:
+                latents = encoded.latents
+            else:
+                shape, source = posterior.mean.shape[1:], {"generator": generator, "device": image.device}
+                noise = mine(lambda count: torch.randn(count, *shape, **source), len(image))
+                latents = posterior.mean + posterior.std * noise.to(posterior.mean)
         return (latents.float() - self.shift) * self.scaling
 
     def decode(self, latents: Float[Tensor, "B C k l"]) -> Float[Tensor, "B 3 h w"]:

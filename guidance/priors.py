@@ -3,6 +3,7 @@
 import torch
 
 from errors import UserError
+from guidance.adapters import put_on_denoiser
 from guidance.controlnet import ControlNet, control_source
 from guidance.deepfloyd_if import DeepFloydIF, DeepFloydIFUpscaler
 from guidance.instruct_pix2pix import InstructPix2Pix
@@ -18,9 +19,17 @@ from guidance.weights import Source, fetch, kind_of
 def load_prior(source: Source, device: torch.device | str, dtype: torch.dtype = torch.float32, opt=None) -> Prior:
     """The prior in what `weights.resolve` found, its weights in `dtype`.
 
-    opt, if given: `control`, `control_key`, `control_scale` (a ControlNet), `edit_scale` (InstructPix2Pix), `view_group` (multi-view models).
+    What `--lora` named is put on its denoiser. opt, if given: `control`, `control_key`, `control_scale` (a ControlNet), `edit_scale`
+    (InstructPix2Pix), `view_group` (multi-view models).
     Raises UserError if it cannot be had, read or used.
     """
+    prior = _load(source, device, dtype, opt)
+    if source.adapters:
+        put_on_denoiser(prior.denoiser, source.adapters, kind_of(source), source.name)
+    return prior
+
+
+def _load(source: Source, device: torch.device | str, dtype: torch.dtype, opt) -> Prior:
     where = (source, device, dtype)
     if opt is not None and opt.control != "none":
         return _with_control(*where, opt)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from guidance.adapters import as_learned, put_on_text_encoders
 from guidance.weights import Source, fingerprint, load_pipeline, read_json
 
 
@@ -31,6 +32,8 @@ class TextEncoder:
         """The pipeline with the text encoder alone."""
         if self.pipe is None:
             self.pipe, self.folder = load_pipeline(self.kind, self.source, self.dtype, **dict.fromkeys(self.left_out))
+            if self.source.adapters:
+                put_on_text_encoders(self.pipe, self.source.adapters, self.kind, self.encoders)
             for part in self.encoders:
                 encoder = getattr(self.pipe, part)
                 if encoder is not None:
@@ -47,12 +50,13 @@ class TextEncoder:
     def embed(self, texts: list[str]) -> Float[Tensor, "n L D"]:
         """What the denoiser is told for each text, float32; longer texts are cut."""
         with torch.autocast(self.device.type, enabled=False):
-            return self.encode(self.open(), texts).float()
+            read = [as_learned(text, self.source.adapters) for text in texts]
+            return self.encode(self.open(), read).float()
 
     def excess(self, text: str) -> int:
         """How many tokens of a text do not fit into the text encoder; 0 or less if all do."""
         tokenizer = self.open().tokenizer
-        return _count(tokenizer, text) - tokenizer.model_max_length
+        return _count(tokenizer, as_learned(text, self.source.adapters)) - tokenizer.model_max_length
 
     def encode(self, pipe, texts: list[str]) -> Float[Tensor, "n L D"]:
         """`embed` in the encoder's own precision."""

@@ -12,13 +12,14 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from errors import UserError, say
+from guidance.adapters import Adapter, adapters_of, learned_words, text_fingerprint
 
 _MODELS = Path(__file__).resolve().parent.parent / "toybox" / "models"
-EMBEDDED, EMBEDDED_IF = _MODELS / "tiny-sd", _MODELS / "tiny-if"
+EMBEDDED, EMBEDDED_IF, EMBEDDED_ZERO123 = (_MODELS / name for name in ("tiny-sd", "tiny-if", "tiny-zero123"))
 # What is needed of every diffusers pipeline that can be used; a T5 encoder for Stable Diffusion 3 is welcome besides.
 _LATENT = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")
 _PIXEL = ("text_encoder", "tokenizer", "unet", "scheduler")
@@ -70,13 +71,19 @@ class Source:
     fallbacks: tuple[str, ...] = ()
     kind: str = ""  # the diffusers pipeline it is, if that is known without asking the hub: see `kind_of`
     accepted: tuple[str, ...] = tuple(PARTS)  # pipelines that it may be
+    adapters: tuple[Adapter, ...] = ()  # `--lora`
 
 
 def resolve(opt) -> Source:
-    """Finds the model that `--hf_key` or else `--IF` or else `--sd_version` asks for; touches no network.
+    """Finds the model that `--hf_key` or else `--IF` or else `--sd_version` asks for, and what `--lora` adds to it; touches no network.
 
     Raises UserError for an unknown version, a missing or incomplete folder, or a prompt with words that an embedded model never saw.
     """
+    adapters = adapters_of(opt)
+    return replace(_resolve(opt, adapters), adapters=adapters)
+
+
+def _resolve(opt, adapters: tuple[Adapter, ...]) -> Source:
     pixels = opt.IF
     accepted = PIXEL_KINDS if pixels else tuple(PARTS)
     if opt.hf_key:
@@ -89,11 +96,11 @@ def resolve(opt) -> Source:
             return Source(opt.hf_key, False, opt.hf_key, flag, (), "", accepted)
         raise UserError(f"{flag}: no such folder, and not a hub id of the form owner/name; check the path")
     if pixels:
-        return _embedded(EMBEDDED_IF, "tiny-if", "--IF", accepted, opt)
+        return _embedded(EMBEDDED_IF, "tiny-if", "--IF", accepted, opt, adapters)
     version = str(opt.sd_version)
     flag = f"--sd_version {version}"
     if version == "embedded":
-        return _embedded(EMBEDDED, "tiny-sd", flag, accepted, opt)
+        return _embedded(EMBEDDED, "tiny-sd", flag, accepted, opt, adapters)
     if version not in HUB_IDS:
         raise UserError(f"{flag}: unknown version; use embedded, {', '.join(HUB_IDS)}, or --hf_key for any other model")
     first, *others = HUB_IDS[version]
@@ -101,7 +108,9 @@ def resolve(opt) -> Source:
     return Source(first, False, f"Stable Diffusion {version}", flag, tuple(others), kind)
 
 
-def _embedded(folder: Path, name: str, flag: str, accepted: tuple[str, ...], opt) -> Source:
+def _embedded(
+    folder: Path, name: str, flag: str, accepted: tuple[str, ...], opt, adapters: tuple[Adapter, ...]
+) -> Source:
     if not folder.is_dir():
         raise UserError(
             f"{flag}: the embedded model's folder {folder} is missing; restore it (git checkout toybox/models), "
@@ -111,7 +120,10 @@ def _embedded(folder: Path, name: str, flag: str, accepted: tuple[str, ...], opt
     texts = {"--text": opt.text, "--negative": opt.negative}
     if opt.distill == "bridge":
         texts["--source"] = opt.source.replace("{text}", "")
-    check_vocabulary(texts, *known_words(folder))
+    learned = learned_words(adapters)
+    if learned is not None:  # an adapter that does not tell may have taught the model anything
+        words, marks = known_words(folder)
+        check_vocabulary(texts, words, marks, learned)
     return Source(str(folder), True, name, flag, (), kind, accepted)
 
 
@@ -126,7 +138,7 @@ def kind_of(source: Source) -> str:
         return source.kind
     reason = ""
     for local_files_only in (True, False):
-        index, reason = _ask_hub(lambda: _hub_index(source.path_or_id, local_files_only))  # noqa: B023 (called at once)
+        index, reason = ask_hub(lambda: _hub_index(source.path_or_id, local_files_only))  # noqa: B023 (called at once)
         if index:
             kind = _check_kind(index.parent, source.path_or_id, source.flag, source.accepted)
             if kind == "MVDreamPipeline":
@@ -140,17 +152,19 @@ def kind_of(source: Source) -> str:
 def fingerprint(source: Source, half: bool = False) -> str:
     """A text that changes with the weights of a source's text encoders: what a cache of their outputs goes by.
 
-    A hub id's commit, or a folder's path with the sizes and times of the files. half: see `fetch`, which is asked for a hub id's files.
+    A hub id's commit, or a folder's path with the sizes and times of the files; and what adapters change about them. half: see `fetch`, which
+    is asked for a hub id's files.
     """
-    folder = fetch(source, half)
+    folder, changed = fetch(source, half), text_fingerprint(source.adapters)
+    adapted = f" with {changed}" if changed else ""
     if not source.local:
-        return f"{source.path_or_id}@{folder.name}"
+        return f"{source.path_or_id}@{folder.name}{adapted}"
     digest = hashlib.sha256()
     for part in sorted(folder.glob("t*")):  # text_encoder*, tokenizer*
         for file in sorted(part.glob("*")) if part.name.startswith(("text_encoder", "tokenizer")) else ():
             stat = file.stat()
             digest.update(f"{part.name}/{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return f"{folder.resolve()}@{digest.hexdigest()[:16]}"
+    return f"{folder.resolve()}@{digest.hexdigest()[:16]}{adapted}"
 
 
 def load_pipeline(kind: str, source: Source, dtype, **parts):
@@ -210,11 +224,16 @@ def clip_words(vocabulary: Iterable[str]) -> tuple[list[str], set[str]]:
     return words, {mark for mark in closed if len(mark) == 1 and not mark.isalnum()}
 
 
-def check_vocabulary(texts: dict[str, str | None], words: list[str], marks: set[str]) -> None:
-    """Raises UserError if a text (by flag) has a word or mark that is not known: the model would answer with something else."""
+def check_vocabulary(
+    texts: dict[str, str | None], words: list[str], marks: set[str], learned: Iterable[str] = ()
+) -> None:
+    """Raises UserError if a text (by flag) has a word or mark that is not known: the model would answer with something else.
+
+    learned: words that an adapter has taught it.
+    """
     for flag, text in texts.items():
         pieces = re.findall(r"[^\W_]+|[^\w\s]|_", (text or "").lower())
-        unknown = [piece for piece in pieces if piece not in words and piece not in marks]
+        unknown = [piece for piece in pieces if piece not in words and piece not in marks and piece not in learned]
         if not unknown:
             continue
         near = difflib.get_close_matches(unknown[0], words, n=3, cutoff=0.5)
@@ -277,7 +296,7 @@ def _download(name: str, variant: str | None, local_files_only: bool) -> tuple[P
         unneeded = dict.fromkeys(_NEVER)
         return DiffusionPipeline.download(name, variant=variant, local_files_only=local_files_only, **unneeded)
 
-    return _ask_hub(download)
+    return ask_hub(download)
 
 
 def _hub_index(name: str, local_files_only: bool):
@@ -286,8 +305,8 @@ def _hub_index(name: str, local_files_only: bool):
     return hf_hub_download(name, "model_index.json", local_files_only=local_files_only)
 
 
-def _ask_hub(question: Callable[[], str | Path]) -> tuple[Path | None, str]:
-    """(what the hub or its cache gave, "") or (None, why not)."""
+def ask_hub(question: Callable[[], str | Path]) -> tuple[Path | None, str]:
+    """(the path that the hub or its cache gave, "") or (None, why not)."""
     with quiet():  # what goes wrong is said once, by us
         from huggingface_hub import errors
 

@@ -16,6 +16,23 @@ def build_field(opt: Any, channels: int = 3):
     return NeRFNetwork(opt, channels)
 
 
+def begun_again(opt: Any, count: int, device: Any = "cpu", model: Any = None) -> dict[str, Any]:
+    """The state of the scene of these options as it begins, with random weights that follow from the seed and `count` (1, 2, ...).
+
+    Nobody else's random numbers move. What `--init_with` says stays; what the workspace holds does not matter.
+    """
+    import zlib
+    from types import SimpleNamespace
+
+    import torch
+
+    seed = zlib.crc32(f"{opt.seed} retry {count}".encode())
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)
+        scene = build_scene(SimpleNamespace(**{**vars(opt), "ckpt": "scratch", "seed": seed}), 3, device, model)
+    return scene.state_dict()
+
+
 def build_scene(opt: Any, channels: int = 3, device: Any = "cpu", model: Any = None):
     """What is to be trained, on the CPU: a field, with `--dmtet` a surface (which `device` helps to find in an earlier run's field).
 

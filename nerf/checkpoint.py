@@ -4,6 +4,8 @@ A checkpoint is a dict of tensors, numbers, strings, lists and dicts (`Trainer.s
 so that a file from a stranger cannot run code. Names: `step_0000500.pt` while the run goes on, `step_0000500_final.pt` at its end.
 """
 
+import io
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,32 @@ KEEP = 2  # besides the final one
 
 
 def save(folder: Path, state: dict[str, Any], final: bool = False) -> Path:
-    """Write `state` (its 'step' names the file) and drop all but the newest `KEEP` checkpoints and the newest final one."""
+    """Write `state` (its 'step' names the file) and drop all but the newest `KEEP` checkpoints and the newest final one up to this step.
+
+    UserError if it cannot be written; then everything is as it was.
+    """
     path = folder / f"step_{state['step']:07d}{'_final' if final else ''}.pt"
-    with atomic(path) as beside:
-        torch.save({"format": FORMAT, **state}, beside)
-    found = newest_first(folder)
+    try:
+        with atomic(path) as beside:
+            write({"format": FORMAT, **state}, beside)
+    except UserError as error:
+        found = newest_first(folder)
+        last = f"; the same command then goes on from {found[0].name}" if found else ""
+        raise UserError(f"{error}{last}") from None
+    # What has more steps is broken or of another future: it must not push this one out.
+    found = [p for p in newest_first(folder) if p.stem <= path.stem]
     finals = [p for p in found if p.stem.endswith("_final")]
     others = [p for p in found if p not in finals]
     for old in others[KEEP:] + finals[1:]:
         old.unlink(missing_ok=True)
     return path
+
+
+def write(state: dict[str, Any], path: Path) -> None:
+    """By way of the memory: of a full disk torch.save knows only that some position was not the one it expected."""
+    whole = io.BytesIO()
+    torch.save(state, whole)
+    path.write_bytes(whole.getbuffer())
 
 
 def newest_first(folder: Path) -> list[Path]:
@@ -77,14 +95,25 @@ def expected(folder: Path, wanted: str) -> bool:
     return wanted != "scratch" and (wanted != "latest" or bool(newest_first(folder)))
 
 
-def set_aside(folder: Path) -> None:
-    """Move the checkpoints of an earlier run into `folder/previous`, where 'latest' does not find them (nothing is lost)."""
-    found = newest_first(folder)
-    if found:
-        previous = make_folder(folder / "previous")
-        for path in found:
-            path.replace(previous / path.name)
-        say(f"--ckpt scratch: the earlier checkpoints are now in {previous}")
+def set_aside(folder: Path, beyond: int = -1, keep: Path | None = None) -> None:
+    """Move the checkpoints of more than `beyond` steps, but not `keep`, into a new folder `previous` in `folder`, where 'latest' does not find
+    them (nothing is lost)."""
+    found = [p for p in newest_first(folder) if _step(p) > beyond and not (keep and keep.exists() and p.samefile(keep))]
+    if not found:
+        return
+    previous, number = folder / "previous", 1
+    while previous.exists():
+        number += 1
+        previous = folder / f"previous_{number}"
+    make_folder(previous)
+    for path in found:
+        path.replace(previous / path.name)
+    say(f"the earlier checkpoints from {found[-1].name} on are now in {previous}")
+
+
+def _step(path: Path) -> int:
+    digits = path.stem.removeprefix("step_").removesuffix("_final")
+    return int(digits) if digits.isdigit() else 0
 
 
 def check_prompt(state: dict[str, Any], path: Path, text: str) -> None:
@@ -110,3 +139,20 @@ def load_scene(scene: torch.nn.Module, values: dict[str, Any], path: Path) -> No
                 "give the --backbone, --particles and grid flags it was trained with, or --ckpt scratch"
             )
     scene.load_state_dict(values)
+
+
+def random_state(generators: dict[str, torch.Generator], device: torch.device) -> dict[str, Any]:
+    """Where the random numbers stand: those of the generators and torch's own."""
+    state: dict[str, Any] = {"generators": {name: generator.get_state() for name, generator in generators.items()}}
+    state["torch_random"] = torch.get_rng_state()
+    return state | ({"cuda_random": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random(state: dict[str, Any], generators: dict[str, torch.Generator], device: torch.device) -> None:
+    """Go on from there; numbers of another kind of device cannot go on here, and begin anew."""
+    for name, generator in generators.items():
+        with suppress(RuntimeError, KeyError):  # it may also be one that has been added since
+            generator.set_state(state["generators"][name])
+    torch.set_rng_state(state["torch_random"])
+    if device.type == "cuda" and "cuda_random" in state:
+        torch.cuda.set_rng_state(state["cuda_random"], device)

@@ -1,7 +1,8 @@
 """Pictures and videos on the disk: what a render looks like as 8-bit pixels, PNG files, contact sheets and streamed mp4."""
 
+import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,30 +86,40 @@ def video(path: Path, height: int, width: int, fps: int = FPS) -> Iterator[Calla
 
     H.264 wants even sizes: an odd row or column is repeated.
     """
-    import imageio_ffmpeg
-
-    even = (width + width % 2, height + height % 2)
+    size = f"{width + width % 2}x{height + height % 2}"
     with atomic(path) as beside:
-        stream = imageio_ffmpeg.write_frames(
-            str(beside),
-            even,
-            fps=fps,
-            quality=8,
-            codec="libx264",  # else it tries encoders out, which takes seconds
-            macro_block_size=2,
-            ffmpeg_log_level="error",
-            output_params=["-movflags", "+faststart"],
-        )
-        stream.send(None)
+        encoder = _encoder(beside, size, fps)
 
         def append(frame: Pixels) -> None:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            stream.send(np.ascontiguousarray(frame))
+            encoder.stdin.write(np.ascontiguousarray(frame))
 
         try:
             yield append
+            encoder.stdin.close()
+        except BrokenPipeError:  # it has ended, and said why
+            pass
+        except BaseException:
+            encoder.kill()
+            with suppress(OSError):
+                encoder.stdin.close()
+            raise
         finally:
-            stream.close()
+            said = encoder.stderr.read().decode(errors="replace").strip()
+            encoder.stderr.close()
+            failed = encoder.wait() != 0
+        if failed:
+            raise OSError(said.partition("\n")[0].rpartition(": ")[2] or "the video encoder failed")
+
+
+def _encoder(path: Path, size: str, fps: int) -> subprocess.Popen:
+    """ffmpeg, waiting for frames. A Ctrl-C is for this program, not for it."""
+    import imageio_ffmpeg
+
+    frames = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
+    coded = ["-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "10", "-movflags", "+faststart"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *frames, *coded, str(path)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
 def read_video(path: Path, most: int) -> list[Pixels]:

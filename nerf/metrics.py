@@ -1,10 +1,16 @@
 """What a run measures of itself: collected where it is computed, read now and then, written to tensorboard and kept for the report."""
 
+import os
+import socket
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from errors import say
 
 
 class Metrics:
@@ -19,7 +25,7 @@ class Metrics:
         self.history: dict[str, list[list[float]]] = {}
         self.rows: list[tuple[int, dict[str, float]]] = []  # read, not yet averaged
         self._waiting: list[tuple[int, list[str], Tensor, dict[str, float]]] = []
-        self._writer = None
+        self._writer: _Events | None = None
 
     def add(self, step: int, values: dict[str, Any]) -> None:
         """Take the values of one step: numbers, or tensors, of which the mean counts."""
@@ -67,19 +73,19 @@ class Metrics:
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self.folder is None:
             return
-        if self._writer is None:
-            from tensorboardX import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.folder), purge_step=self.start)
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        try:
+            self._writer = self._writer or _Events(self.folder, self.start)
+            self._writer.write(step, values)
+        except OSError as error:
+            say(
+                f"{self.folder}: no more curves for tensorboard ({error.strerror or error}); the report has them all the same"
+            )
+            self.folder = None
 
     def close(self) -> None:
         """Read the rest and close the tensorboard file."""
         self.read()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._writer = None
 
     def state_dict(self) -> dict[str, Any]:
         self.read()
@@ -88,3 +94,35 @@ class Metrics:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history = state["history"]
         self.rows = [(step, values) for step, values in state["rows"]]
+
+
+class _Events:
+    """A tensorboard file. Written in this thread: SummaryWriter's own dies on a full disk, and whoever waits for it then waits for ever."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        """start: tensorboard forgets what an earlier file said about this step and later ones. OSError if it cannot be written."""
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = open(folder / name, "ab", buffering=0)  # noqa: SIM115 - it lives as long as the run
+        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._append(Event(wall_time=time.time(), step=start, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """The numbers of a step. OSError if they cannot be written."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))
+
+    def _append(self, event: Any) -> None:
+        """A record: length, its checksum, the event, its checksum."""
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        record = length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
+        while record:
+            record = record[self._file.write(record) :]

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from errors import say
+from errors import leads, say
 
 
 class Log:
@@ -46,7 +46,7 @@ class Bar:
 
     def __enter__(self) -> "Bar":
         self._began = time.perf_counter()
-        if Bar._shown is None and sys.stderr.isatty():
+        if Bar._shown is None and sys.stderr.isatty() and leads():
             Bar._shown, self._outermost = _display(keep=self._lines), True
             Bar._shown.start()
         if Bar._shown is not None:

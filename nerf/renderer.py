@@ -4,7 +4,7 @@ With `--cuda_ray` an occupancy grid says where to sample (on any device); withou
 importance. Both give the same slices of samples, and everything after that is shared.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+import ranks
 from nerf.background import BackgroundNetwork
 from nerf.occupancy import OccupancyGrid
 from nerf.provider import Cameras
@@ -57,6 +58,24 @@ class Render:
         return Render(**{name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How rays are sampled: see the flags of these names. A viewer may put another one in its place for a while.
+
+    `box` (xmin ymin zmin xmax ymax zmax): what lies outside is not shown; None: everything is. `between` is called again and again while a
+    picture is made in eval mode; it may raise to abandon it.
+    """
+
+    min_near: float
+    max_steps: int
+    dt_gamma: float
+    num_steps: int
+    upsample_steps: int
+    max_ray_batch: int
+    box: tuple[float, ...] | None = None
+    between: Callable[[], None] | None = None
+
+
 @dataclass
 class _View:
     """What is asked of every ray of a picture (one row for all of them, or one each): light, ambient share, mode, normals."""
@@ -77,8 +96,8 @@ class NeRFRenderer(nn.Module):
     def __init__(self, opt: Any, channels: int):
         super().__init__()
         self.channels, self.bound = channels, float(opt.bound)
-        self._near, self._max_steps, self._dt_gamma = opt.min_near, opt.max_steps, opt.dt_gamma
-        self._coarse, self._fine, self._chunk = opt.num_steps, opt.upsample_steps, opt.max_ray_batch
+        steps = (opt.num_steps, opt.upsample_steps)
+        self.sampling = Sampling(opt.min_near, opt.max_steps, opt.dt_gamma, *steps, opt.max_ray_batch)
         self._normal_losses = (
             opt.lambda_orient,
             opt.lambda_2d_normal_smooth,
@@ -163,9 +182,12 @@ class NeRFRenderer(nn.Module):
             out, told = self._trace(origins, directions, view, generator)
             count = len(told["weights"])
         else:
-            chunk, told = chunk or self._chunk, {}
-            pieces = [slice(start, start + chunk) for start in range(0, len(origins), chunk)]
-            parts = [self._show(origins[part], directions[part], _part(view, part)) for part in pieces]
+            chunk, told, parts = chunk or self.sampling.max_ray_batch, {}, []
+            for start in range(0, len(origins), chunk):
+                part = slice(start, start + chunk)
+                parts.append(self._show(origins[part], directions[part], _part(view, part)))
+                if self.sampling.between is not None:
+                    self.sampling.between()
             out = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
             count = sum(number for _, number in parts)
 
@@ -270,6 +292,11 @@ class NeRFRenderer(nn.Module):
         colour = shade(albedo, unit, light, ambient, view.mode)
         return sigma, colour if unit is None else torch.cat([colour, unit], -1), unit
 
+    def _reach(self, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Where rays enter the scene's box and leave it, or the smaller box that is to be shown."""
+        box = self.aabb if self.sampling.box is None else self.aabb.new_tensor(self.sampling.box)
+        return near_far_from_aabb(origins, directions, box, self.sampling.min_near)
+
     def _grid(self) -> tuple[float, Tensor, int, int]:
         grid = self.occupancy
         return self.bound, grid.bitfield if self.training else grid.solid, grid.cascades, grid.size
@@ -277,9 +304,9 @@ class NeRFRenderer(nn.Module):
     @torch.no_grad()
     def _march(self, origins: Tensor, directions: Tensor, generator: torch.Generator | None) -> Samples:
         """Samples in the occupied cells."""
-        near, far = near_far_from_aabb(origins, directions, self.aabb, self._near)
-        noise = uniform((len(origins),), generator, origins.device)
-        steps = (self._dt_gamma, self._max_steps)
+        near, far = self._reach(origins, directions)
+        noise = ranks.mine(lambda count: uniform((count,), generator, origins.device), len(origins))
+        steps = (self.sampling.dt_gamma, self.sampling.max_steps)
         return march_rays_train(origins, directions, *self._grid(), near, far, noise, *steps)
 
     @torch.no_grad()
@@ -294,13 +321,14 @@ class NeRFRenderer(nn.Module):
         self, origins: Tensor, directions: Tensor, left: Float[Tensor, "N"]
     ) -> Iterator[tuple[Tensor, Samples]]:
         """The next few samples of the rays that are alive, with the rays' numbers, until none is; `left` is their light."""
-        near, far = near_far_from_aabb(origins, directions, self.aabb, self._near)
+        near, far = self._reach(origins, directions)
+        steps = (self.sampling.dt_gamma, self.sampling.max_steps)
         alive = torch.nonzero(near < far)[:, 0]
         cursor = torch.zeros(len(alive), 2, dtype=torch.int32, device=origins.device)
         while len(alive):
             budget = BURST * min(len(origins) // len(alive), 8)
             rays = (origins[alive], directions[alive], *self._grid(), near[alive], far[alive])
-            samples, cursor = march_rays(*rays, cursor, budget, None, self._dt_gamma, self._max_steps)
+            samples, cursor = march_rays(*rays, cursor, budget, None, *steps)
             yield alive, samples
             going = (cursor[:, 0] >= 0) & (left[alive] >= OPAQUE)
             alive, cursor = alive[going], cursor[going]
@@ -308,7 +336,7 @@ class NeRFRenderer(nn.Module):
     @torch.no_grad()
     def _stratify(self, origins: Tensor, directions: Tensor, generator: torch.Generator | None) -> Samples:
         """`num_steps` spread samples on each ray that meets the box, `upsample_steps` more where the first found matter."""
-        near, far = near_far_from_aabb(origins, directions, self.aabb, self._near)
+        near, far = self._reach(origins, directions)
         hit = torch.isfinite(far)
         near, far = torch.where(hit, near, 0)[:, None], torch.where(hit, far, 0)[:, None]
 
@@ -320,11 +348,13 @@ class NeRFRenderer(nn.Module):
                 -1, 3
             )
 
-        t = near + (far - near) * spread(self._coarse)
+        t = near + (far - near) * spread(self.sampling.num_steps)
         edges = interval_edges(t, near, far)
-        if self._fine > 0:
+        if self.sampling.upsample_steps > 0:
             sigma = self.sigma(points(t)).reshape(t.shape)
-            more = importance(edges, transmittance_weights(sigma, edges.diff(dim=-1)), spread(self._fine))
+            more = importance(
+                edges, transmittance_weights(sigma, edges.diff(dim=-1)), spread(self.sampling.upsample_steps)
+            )
             t = torch.sort(torch.cat([t, more], -1), -1).values
             edges = interval_edges(t, near, far)
         count = t.shape[1]

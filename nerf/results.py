@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mesh import Mesh
 from mesh.silhouette import overlap, rasterise
-from nerf import media
+from nerf import checkpoint, media
 from nerf.background import plain_colour
 from nerf.progress import Bar
 from nerf.provider import Cameras, orbit, six_views, turntable
@@ -153,3 +153,17 @@ def extract_mesh(scene: Any, opt: Any, step: int, log: Callable[[str], None]) ->
             "the outlines differ: try a higher --mcubes_resolution, more --decimate_target, or --mesh_threshold by hand"
         )
     return surface, {"mesh/threshold": threshold, "mesh/iou": iou, "mesh/faces": float(len(surface.faces))}
+
+
+def places(workspace: Path, step: int, particles: int, report: Path) -> list[str]:
+    """The last lines of a run: what lies where."""
+    found = {
+        "report": [report],
+        "video": sorted((workspace / "results").glob(f"step_{step:07d}_*.mp4")),
+        "particles": sorted((workspace / "results").glob("particle_*"))[: particles - 1],
+        "pictures": sorted((workspace / "results").glob(f"step_{step:07d}_*.png"))[:1],
+        "mesh": sorted((workspace / "mesh").glob("mesh.*")),
+        "checkpoint": checkpoint.newest_first(workspace / "checkpoints")[:1],
+    }
+    shown = {name: ", ".join([str(paths[0]), *(p.name for p in paths[1:])]) for name, paths in found.items() if paths}
+    return [f"{name + ':':<12}{paths}" for name, paths in shown.items()]

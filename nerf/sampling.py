@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ranks import mine
+
 
 def uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Float[Tensor, "*shape"]:
     """Random numbers in [0, 1), drawn where the generator lives: the same ones whatever device the scene is on."""
@@ -23,7 +25,10 @@ def places(
     shape: tuple[int, int], jitter: bool, generator: torch.Generator | None, device: torch.device
 ) -> Float[Tensor, "N T"]:
     """For N rows one number in each of T equal parts of [0, 1]: somewhere in its part, or without jitter in the middle."""
-    offset = uniform(shape, generator, device) if jitter else torch.full(shape, 0.5, device=device)
+    if jitter:
+        offset = mine(lambda rows: uniform((rows, shape[1]), generator, device), shape[0])
+    else:
+        offset = torch.full(shape, 0.5, device=device)
     return (torch.arange(shape[1], device=device) + offset) / shape[1]
 
 

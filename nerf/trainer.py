@@ -2,31 +2,35 @@
 
 It knows no method: the scene and the guidance meet here as tensors. Generators, one per purpose: `cameras` (cameras and lights), `shading`
 (ambient, texture, background; both on the CPU) and `render` (jitter and occupancy, on the device); with several particles `particles` (whose
-turn it is).
+turn it is), with photographs `known` (which of them are looked at, and how).
 """
 
+import math
 import time
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from errors import UserError
+import ranks
+from errors import UserError, leads
 from files import make_folder
-from nerf import checkpoint, media, results
+from nerf import batch, checkpoint, media, results
+from nerf.batch import Batch
 from nerf.ema import MovingAverage
-from nerf.guard import Guard
+from nerf.gradients import gradient_norms, limit_gradient
+from nerf.guard import GAVE_UP, Guard
 from nerf.interrupt import TERMINATED, Interrupts
-from nerf.losses import regularise_gradients, regularisers
+from nerf.losses import regularise_gradients
 from nerf.metrics import Metrics
 from nerf.particles import each
+from nerf.photos import References, is_known_step
 from nerf.progress import Bar, Log
-from nerf.renderer import Render
-from nerf.view import View, draw_view
 from optimizer import build_optimizer, learning_rate_factor
 
 AUTOSAVE = 600.0  # seconds between checkpoints when --eval_interval is longer
@@ -35,31 +39,41 @@ AUTOSAVE = 600.0  # seconds between checkpoints when --eval_interval is longer
 class Trainer:
     """Trains `scene` with `guidance` (None: only results are wanted) and writes results and report into `opt.workspace`."""
 
-    def __init__(self, opt: Any, scene: Any, guidance: Any, device: torch.device | str) -> None:
-        self.opt, self.guidance, self.device = opt, guidance, torch.device(device)
+    def __init__(
+        self,
+        opt: Any,
+        scene: Any,
+        guidance: Any,
+        device: torch.device | str,
+        anew: Callable[[int], dict] | None = None,
+        references: References | None = None,
+    ) -> None:
+        """anew: see `Guard`; references: what photographs tell."""
+        self.opt, self.guidance, self.references, self.device = opt, guidance, references, torch.device(device)
         self.scene = scene.to(self.device)
         self.workspace = make_folder(Path(opt.workspace))
         self.checkpoints = self.workspace / "checkpoints"
-        self.log = Log(self.workspace / "log.txt")
+        self.log = Log(self.workspace / "log.txt" if leads() else None)
         self.optimizer = build_optimizer(opt, self.scene.parameter_groups(opt.lr.max()))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.rate_factor = learning_rate_factor(opt)
         # Of N particles each moves every N-th step: the average goes back over as many steps of its own.
         self.average = MovingAverage(self.scene, opt.ema_decay ** (1 / opt.particles))
-        self.guard = Guard(self.scene, self.optimizer, self.average, self.log)
+        self.guard = Guard(self.scene, self.optimizer, self.average, self.log, opt.retry, anew)
         self.half = bool(opt.fp16) and self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.half)
-        self.metrics = Metrics(self.workspace / "run")
+        self.metrics = Metrics(self.workspace / "run" if leads() else None)
         self.interrupts = Interrupts()
         places = {"cameras": "cpu", "shading": "cpu", "render": self.device}
-        if opt.particles > 1:
-            places["particles"] = "cpu"
+        places |= {"particles": "cpu"} if opt.particles > 1 else {}
+        places |= {"known": "cpu"} if references is not None else {}
         self.generators = {
             name: torch.Generator(place).manual_seed(zlib.crc32(f"{opt.seed} {name}".encode()))
             for name, place in places.items()
         }
         self.step = 0  # steps done
         self.times: dict[str, float] = {}  # seconds, by phase
+        self.latest: dict[str, float] = {}  # means of the last window of steps
         self._loaded = False
 
     # ---- the loop -----------------------------------------------------------------------------------------------------------
@@ -67,50 +81,96 @@ class Trainer:
     def train(self) -> None:
         """Train to `opt.iters`, or until asked to stop; ends with a checkpoint and validation pictures.
 
-        SystemExit 130 on the second Ctrl-C, 143 on SIGTERM (after a checkpoint).
+        SystemExit 130 on the second Ctrl-C, 143 on SIGTERM, 1 for a scene that stays empty (both after a checkpoint).
         """
-        self._ready()
-        opt = self.opt
-        if self.step >= opt.iters:
-            self.log(
-                f"this run is finished ({self.step} steps): going on to the results (more: --iters; anew: --ckpt scratch)"
-            )
+        if not self.begin():
             return
-        opt.save(self.workspace / "config.yaml")
-        self.log.keep(f'"{opt.text}": step {self.step} to {opt.iters} on {self.device}')
-        if opt.fp16 and not self.half:
-            self.log("--fp16 needs a GPU: the scene stays in float32 on the CPU")
-        self._saved_at = time.monotonic()
-        first, before, validated = self.step, self.times.get("training", 0.0), -1
         with self.interrupts.watch(training=True):
-            with self._timed("training"), Bar("training", opt.iters, self.step, lines=True) as bar:
-                while self.step < opt.iters and not self.interrupts.stop and not self.guard.hopeless:
-                    self._train_step()
-                    if self.metrics.full:
-                        self._look(bar)
-                    if self.step == opt.iters or self.interrupts.stop:
-                        break
-                    if _due(opt.eval_interval, self.step):
-                        self.save()
-                        self.validate()
-                        validated = self.step
-                    elif time.monotonic() - self._saved_at > AUTOSAVE:
-                        self.save()
-                    if _due(opt.test_interval, self.step):
-                        self._turntable()
-            self.save(final=self.step >= opt.iters)
+            with Bar("training", self.opt.iters, self.step, lines=True) as bar:
+                while self.unfinished:
+                    self.advance(bar)
+            self.conclude()
         if self.interrupts.terminate:
             self.log(f"terminated at step {self.step}: the same command goes on from there")
             self.metrics.close()
             raise SystemExit(TERMINATED)
-        state = "interrupted" if self.step < opt.iters else "done"
-        speed = (self.step - first) / max(self.times["training"] - before, 1e-9)
-        self.log(
-            f"training {state}: {self.step} of {opt.iters} steps, {speed:.1f} steps/s, {self.guard.skipped} skipped"
-        )
-        if validated != self.step:
+        if self.guard.gave_up:
+            self.metrics.close()
+            raise SystemExit(GAVE_UP)
+        if self._validated != self.step:
             with self.interrupts.watch(training=False):
                 self.validate()
+
+    def begin(self) -> bool:
+        """Load what there is to go on from; False if this run is finished."""
+        self._ready()
+        opt = self.opt
+        self._saved_at, self._validated, self._stopping = time.monotonic(), -1, False
+        self._first, self._before = self.step, self.times.get("training", 0.0)
+        if self.step >= opt.iters:
+            self.log(
+                f"this run is finished ({self.step} steps): going on to the results (more: --iters; anew: --ckpt scratch)"
+            )
+            return False
+        if leads():
+            opt.save(self.workspace / "config.yaml")
+        self.log.keep(
+            f'"{opt.text or opt.image or opt.image_config or opt.photos}": step {self.step} to {opt.iters} on {self.device}'
+        )
+        if opt.fp16 and not self.half:
+            self.log("--fp16 needs a GPU: the scene stays in float32 on the CPU")
+        return True
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is another step to take."""
+        return self.step < self.opt.iters and not self._stopping and not self.guard.hopeless
+
+    def advance(self, bar: Bar | None = None) -> None:
+        """One step, and what is due after it: a look at the measurements, a checkpoint, validation pictures, a turntable."""
+        opt = self.opt
+        with self._timed("training"):
+            self._train_step()
+            if self.metrics.full:
+                self._look(bar)
+            late = time.monotonic() - self._saved_at > AUTOSAVE
+            # whatever one process wants, all do, at the same step
+            *stopping, late = ranks.largest([self.interrupts.interrupts > 0, self.interrupts.terminate, late])
+            self._stopping = any(stopping)
+            if self.step == opt.iters or self._stopping:
+                return
+            if _due(opt.eval_interval, self.step):
+                self.save()
+                self.validate()
+                self._validated = self.step
+            elif late:
+                self.save()
+            if _due(opt.test_interval, self.step):
+                self._turntable()
+
+    def conclude(self) -> None:
+        """A checkpoint, and a line about the training so far."""
+        self.save(final=self.step >= self.opt.iters)
+        state = "interrupted" if self.step < self.opt.iters else "done"
+        speed = (self.step - self._first) / max(self.times.get("training", 0.0) - self._before, 1e-9)
+        self.log(
+            f"training {state}: {self.step} of {self.opt.iters} steps, {speed:.1f} steps/s, {self.guard.skipped} skipped"
+        )
+
+    def change(self, **values: Any) -> None:
+        """Other values for some options from here on: what the guidance is told. UserError, and nothing changed, if they make no sense."""
+        opt = self.opt.changed(**values)
+        self.guidance.follow(opt)
+        self.opt = opt
+        opt.save(self.workspace / "config.yaml")
+        self.save()  # config.yaml and the newest checkpoint agree about the prompt
+
+    def restart(self) -> None:
+        """Begin anew: the scene as it was before the first step, step 0. The checkpoints so far are set aside."""
+        checkpoint.set_aside(self.checkpoints)
+        self.guard.revive()
+        self.step = self._first = 0
+        self.metrics.history.clear()
 
     def _train_step(self) -> None:
         """One step. The device is waited for once, to learn whether the gradient is finite (as a gradient scaler would)."""
@@ -120,65 +180,63 @@ class Trainer:
         self.scene.set_progress(step / opt.iters)
         if opt.cuda_ray and turn % opt.update_extra_interval == 0:
             self.scene.update_occupancy(turn, self.generators["render"])
+            ranks.share(list(self.scene.buffers()))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.rate_factor(step) * self.guard.lr_factor
         self.optimizer.zero_grad(set_to_none=True)
-        batches = [self._batch(step, first=i == 0) for i in range(opt.accumulate)]
-        loss = torch.stack([loss.detach() for loss, _, _ in batches]).mean()  # not finite if one of them is not
-        _, values, log = batches[-1]
-        norms: dict[str, Tensor] = {}
-        if any(loss.requires_grad for loss, _, _ in batches):  # not if no ray met anything
-            self.scaler.unscale_(self.optimizer)
-            norms = _gradient_norms(self.optimizer)
+        batches = self._batches(step)
+        loss = torch.stack([one.loss.detach() for one in batches]).sum() / opt.accumulate  # not finite if one is not
+        values = {name: value for one in batches for name, value in one.values.items()}
+        nonfinite = sum((one.log.get("nonfinite", 0) for one in batches), torch.zeros_like(loss))
+        loss, nonfinite = ranks.mean(torch.stack([loss, nonfinite]))
+        ranks.average_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
+        norms = gradient_norms(self.optimizer) if self._scaled() else {}
         values |= {"loss/total": loss, "lr": self.optimizer.param_groups[0]["lr"], **norms}
         self.step += 1
         if norms:
-            self._update(loss, log, norms, step, values)
+            self._update(loss, nonfinite, norms, step, values)
         self.average.update()
         self.metrics.add(self.step, values)
 
-    def _batch(self, step: int, first: bool) -> tuple[Tensor, dict[str, Any], dict[str, Tensor]]:
-        """Views drawn, rendered, judged, and their part of the gradient added: the loss, what the curves show, what the guidance says."""
-        opt = self.opt
-        network = getattr(self.scene, "background_network", None) is not None
-        view = draw_view(opt, step, self.generators, self.scene.channels, network).to(self.device)
-        with torch.autocast(self.device.type, torch.float16, enabled=self.half):
-            render = self.scene.render(
-                view.cameras,
-                view.shading,
-                view.light,
-                view.ambient,
-                view.background,
-                step,
-                self.generators["render"],
-                normals=True if "normal" in self.guidance.wants else None,
-            )
-            image = torch.cat([render.image, render.alpha], -1) if view.with_mask else render.image
-            image = _limit_gradient(image, opt.grad_clip_rgb, self.scaler)
-            if first and opt.save_guidance and step % opt.save_guidance_interval == 0:
-                self._save_guidance(image, view, render, step)
-            guided, log = self.guidance(
-                image,
-                view.cameras.polar,
-                view.cameras.azimuth,
-                step,
-                as_latent=view.as_latent,
-                unit_range=view.with_mask or not view.as_latent,
-                hints=_hints(render),
-            )
-            terms = {"guidance": opt.lambda_guidance(step) * guided, **regularisers(opt, step, self.scene, render)}
-            loss = torch.stack([term.float() for term in terms.values()]).sum()
-        if loss.requires_grad:
-            self.scaler.scale(loss / opt.accumulate).backward()
-        values: dict[str, Any] = {f"loss/{name}": term for name, term in terms.items()}
-        values |= {f"guidance/{name}": value for name, value in log.items()}
-        values |= {"alpha/mean": render.alpha, "alpha/largest": render.alpha.detach().amax()}
-        return loss, {**values, "samples": float(render.num_samples)}, log
+    def _batches(self, step: int) -> list[Batch]:
+        """What this step learns from - views that the prior judges, known views, or both - with their gradient added up."""
+        opt, found = self.opt, []
+        alone = getattr(self.guidance, "silent", False)  # nobody judges
+        known = self.references is not None and (alone or is_known_step(opt, step))
+        saving = opt.save_guidance and step % opt.save_guidance_interval == 0
+        for i in range(opt.accumulate):
+            judged = not known or (opt.known_view_sum and not alone)
+            for make in [self._judged] * judged + [self._known] * known:
+                with torch.autocast(self.device.type, torch.float16, enabled=self.half):
+                    one = make(step, saving and i == 0)
+                    loss = one.loss
+                if loss.requires_grad:
+                    self.scaler.scale(loss / opt.accumulate).backward()
+                found.append(one)
+        return found
 
-    def _update(self, loss: Tensor, log: dict, norms: dict[str, Tensor], step: int, values: dict[str, Any]) -> None:
+    def _judged(self, step: int, saving: bool) -> Batch:
+        where = (self.scene, self.guidance, self.generators, self.device)
+        limit = self.opt.grad_clip_rgb
+        save = partial(self._save_guidance, step) if saving else None
+        return batch.judged(self.opt, step, *where, lambda image: limit_gradient(image, limit, self.scaler), save)
+
+    def _known(self, step: int, saving: bool) -> Batch:
+        return batch.known(self.opt, step, self.scene, self.references, self.generators, self.device)
+
+    def _scaled(self) -> bool:
+        """Take the gradient scaler's factor out of the gradients; False if there are none, because no ray met anything."""
+        if all(p.grad is None for group in self.optimizer.param_groups for p in group["params"]):
+            return False
+        self.scaler.unscale_(self.optimizer)
+        return True
+
+    def _update(
+        self, loss: Tensor, nonfinite: Tensor, norms: dict[str, Tensor], step: int, values: dict[str, Any]
+    ) -> None:
         """Take the step if everything is finite; else skip it, and keep its values out of the curves."""
         opt = self.opt
-        sound = torch.isfinite(loss) & (torch.as_tensor(log.get("nonfinite", 0), device=loss.device) == 0)
+        sound = torch.isfinite(loss) & (nonfinite == 0)
         usable = torch.isfinite(norms["grad_norm/all"])
         sound, usable = torch.stack([sound, usable]).tolist()
         values["skipped"] = float(not (sound and usable))
@@ -195,26 +253,19 @@ class Trainer:
             self.guard.bad(step, "the gradient" if sound else "the loss", overflow=sound and self.half)
         self.scaler.update()
 
-    def _look(self, bar: Bar) -> None:
+    def _look(self, bar: Bar | None) -> None:
         """Once per window of steps: read what was measured, show it, see whether the scene is well."""
-        means = self.metrics.read()
-        self.guard.inspect(self.step, means.get("alpha/largest"))
+        means = self.latest = self.metrics.read()
+        (largest,) = ranks.largest([means.get("alpha/largest", math.inf)])
+        self.guard.inspect(self.step, largest)
         shown = {"loss": "loss/total", "gradient": "guidance/grad_norm", "alpha": "alpha/mean"}
-        bar.update(self.step, "  ".join(f"{k} {means[name]:.3g}" for k, name in shown.items() if name in means))
+        if bar is not None:
+            bar.update(self.step, "  ".join(f"{k} {means[name]:.3g}" for k, name in shown.items() if name in means))
 
-    def _save_guidance(self, image: Tensor, view: View, render: Render, step: int) -> None:
-        cameras = view.cameras
-        pictures = self.guidance.debug_images(
-            image.detach(),
-            cameras.polar,
-            cameras.azimuth,
-            step,
-            view.as_latent,
-            unit_range=view.with_mask or not view.as_latent,
-            hints=_hints(render),
-        )
+    def _save_guidance(self, step: int, *seen: Any, **meaning: Any) -> None:
         path = make_folder(self.workspace / "guidance") / f"step_{step:07d}.png"
-        media.save_png(path, media.sheet(media.pixels(pictures), columns=1))
+        if leads():
+            media.save_png(path, media.sheet(media.pixels(self.guidance.debug_images(*seen, **meaning)), columns=1))
 
     # ---- checkpoints --------------------------------------------------------------------------------------------------------
 
@@ -230,11 +281,8 @@ class Trainer:
             "guard": self.guard.state_dict(),
             "metrics": self.metrics.state_dict(),
             "times": self.times,
-            "generators": {name: generator.get_state() for name, generator in self.generators.items()},
-            "torch_random": torch.get_rng_state(),
+            **checkpoint.random_state(self.generators, self.device),
         }
-        if self.device.type == "cuda":
-            state["cuda_random"] = torch.cuda.get_rng_state(self.device)
         if self.guidance is not None:
             state["guidance"] = self.guidance.state()
         return state
@@ -242,7 +290,8 @@ class Trainer:
     def save(self, final: bool = False) -> Path:
         """Write a checkpoint."""
         self._saved_at = time.monotonic()
-        return checkpoint.save(self.checkpoints, self.state(), final)
+        self.guard.settle(self.step)
+        return checkpoint.save(self.checkpoints, self.state(), final) if leads() else self.checkpoints
 
     def load(self, ckpt: str | None = None) -> None:
         """Go on from `ckpt` (default `opt.ckpt`): 'latest' (nothing there: start at 0), 'scratch' or a file.
@@ -250,7 +299,8 @@ class Trainer:
         UserError for a broken file, another prompt, or another scene; with --test also when there is none.
         """
         self._loaded = True
-        found = checkpoint.choose(self.checkpoints, ckpt or self.opt.ckpt)
+        with ranks.first_before_others():  # it moves files out of the way
+            found = checkpoint.choose(self.checkpoints, ckpt or self.opt.ckpt)
         if found is None:
             if self.guidance is None:
                 raise UserError(f"{self.checkpoints}: no checkpoint to show: train first, or name one with --ckpt")
@@ -267,8 +317,11 @@ class Trainer:
         self.guard.load_state_dict(state["guard"])
         if self.guidance is not None:
             self._load_training(state, path)
+            if (ckpt or self.opt.ckpt) != "latest":
+                with ranks.first_before_others():
+                    checkpoint.set_aside(self.checkpoints, self.step, path)  # those of more steps are of another future
             self.log(f"going on from {path.name} (step {self.step})")
-        self.guard.snapshot()
+        self.guard.snapshot(self.step)
 
     def _load_training(self, state: dict[str, Any], path: Path) -> None:
         try:
@@ -277,11 +330,7 @@ class Trainer:
             raise UserError(f"{path}: made by another optimizer: give its --optim, or --ckpt scratch") from None
         if self.half and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        for name, generator in self.generators.items():
-            _set_random(generator.set_state, state["generators"][name])
-        torch.set_rng_state(state["torch_random"])
-        if self.device.type == "cuda" and "cuda_random" in state:
-            torch.cuda.set_rng_state(state["cuda_random"], self.device)
+        checkpoint.set_random(state, self.generators, self.device)
         if "guidance" in state:
             self.guidance.load_state(state["guidance"])
 
@@ -317,6 +366,8 @@ class Trainer:
 
     def validate(self) -> list[Path]:
         """Pictures from all around into validation/."""
+        if not leads():
+            return []
         with self.showing("validation") as scene:
             folder, paths = self.workspace / "validation", []
             for one, name in each(scene):
@@ -332,6 +383,8 @@ class Trainer:
             return self._results(results.six_pictures) if self.opt.six_views else self._turntable()
 
     def _results(self, make: Callable[..., list[Path]]) -> list[Path]:
+        if not leads():
+            return []
         with self.showing("video") as scene:
             folder, paths = self.workspace / "results", []
             for one, name in each(scene):
@@ -367,61 +420,11 @@ class Trainer:
                 self.opt, self.workspace, self.step, self.metrics.history, self.times, self.device, memory
             )
         self.metrics.close()
-        self._tell_where(path)
+        for line in results.places(self.workspace, self.step, self.opt.particles, path):
+            self.log(line)
         self.log.keep("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in self.times.items()))
         return path
-
-    def _tell_where(self, report: Path) -> None:
-        """The last lines of a run: what lies where."""
-        step = f"step_{self.step:07d}"
-        places = {
-            "report": [report],
-            "video": sorted((self.workspace / "results").glob(f"{step}_*.mp4")),
-            "particles": sorted((self.workspace / "results").glob("particle_*"))[: self.opt.particles - 1],
-            "pictures": sorted((self.workspace / "results").glob(f"{step}_*.png"))[:1],
-            "mesh": sorted((self.workspace / "mesh").glob("mesh.*")),
-            "checkpoint": checkpoint.newest_first(self.checkpoints)[:1],
-        }
-        for name, paths in places.items():
-            if paths:
-                shown = [str(paths[0])] + [p.name for p in paths[1:]]
-                self.log(f"{name + ':':<12}{', '.join(shown)}")
 
 
 def _due(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _hints(render: Render) -> dict[str, Tensor]:
-    """What the guidance may know of the pictures besides their colours, without gradients."""
-    known = {"c2w": render.cameras.c2w, "alpha": render.alpha, "depth": render.depth, "normal": render.normal}
-    return {name: value.detach().float() for name, value in known.items() if value is not None}
-
-
-def _set_random(put: Any, state: Tensor) -> None:
-    try:
-        put(state)
-    except RuntimeError:  # a checkpoint from another kind of device: its random numbers cannot go on there
-        pass
-
-
-def _limit_gradient(image: Tensor, limit: float, scaler: torch.amp.GradScaler) -> Tensor:
-    """`--grad_clip_rgb`: every element of the gradient at the picture within +-limit, whatever the scaler's factor."""
-    if limit >= 0 and image.requires_grad:
-        bound = limit * scaler.get_scale()
-        image.register_hook(lambda gradient: gradient.clamp(-bound, bound))
-    return image
-
-
-def _gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The norm of each parameter group's gradient and of all, by name, on the device; empty if there is no gradient at all."""
-    norms = {}
-    for i, group in enumerate(optimizer.param_groups):
-        gradients = [p.grad for p in group["params"] if p.grad is not None]
-        if gradients:
-            norms[f"grad_norm/{group.get('name', i)}"] = torch.linalg.vector_norm(
-                torch.stack(torch._foreach_norm(gradients))
-            )
-    if norms:
-        norms["grad_norm/all"] = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-    return norms

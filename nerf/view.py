@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+import ranks
 from nerf.background import training_background
 from nerf.provider import Cameras, random_cameras, random_light
 from nerf.shading import Shading
@@ -39,15 +40,19 @@ def draw_view(opt: Any, step: int, generators: dict[str, torch.Generator], chann
     A scene of latents shows itself as it is. Else the published schedule, with r = step / iters: while r < latent_iter_ratio normals
     and, as fourth channel, the mask stand for latents; while r < albedo_iter_ratio albedo alone; then ambient light uniform in
     [min_ambient_ratio, 1], textureless with probability `textureless_ratio`, else lambertian. A physical material has its own light
-    instead. Every step draws the same numbers, so that no choice shifts the later ones.
+    instead. Every step draws the same numbers, so that no choice shifts the later ones. Of several processes each has its own views of
+    a batch that is so many times larger.
     """
     ratio, draw = step / opt.iters, generators["shading"]
-    cameras = random_cameras(opt, opt.batch_size, step, generators["cameras"])
-    light = random_light(cameras, generators["cameras"])
-    ambient = opt.min_ambient_ratio + (1 - opt.min_ambient_ratio) * torch.rand(opt.batch_size, generator=draw)
+    batch, own = opt.batch_size * ranks.count(), ranks.part(opt.batch_size)
+    cameras = random_cameras(opt, batch, step, generators["cameras"])
+    light = random_light(cameras, generators["cameras"])[own]
+    cameras = cameras[own]
+    ambient = opt.min_ambient_ratio + (1 - opt.min_ambient_ratio) * torch.rand(batch, generator=draw)[own]
     bare = float(torch.rand(1, generator=draw)) < opt.textureless_ratio
     unlit = float(torch.rand(1, generator=draw)) < opt.albedo_ratio
-    background = training_background(opt, opt.batch_size, draw, channels, has_network)
+    background = training_background(opt, batch, draw, channels, has_network)
+    background = background if background is None else background[own]
     if ratio < opt.latent_iter_ratio:
         return View(cameras, light, "normal", torch.ones_like(ambient), None, as_latent=True, with_mask=True)
     if opt.latent:

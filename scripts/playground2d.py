@@ -24,6 +24,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from devices import choose_device  # noqa: E402
 from errors import UserError, say  # noqa: E402
 from flags import GROUPS  # noqa: E402
 from guidance import Guidance, build_guidance  # noqa: E402
@@ -92,13 +93,6 @@ def _check_place(out: Path) -> None:
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if existing.is_dir() == (existing == out.absolute()) or not os.access(existing, os.W_OK):
         raise UserError(f"--out {out}: cannot be written; choose another place")
-
-
-def choose_device(name: str) -> torch.device:
-    """For `--device auto|cpu|cuda`."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no GPU; leave the flag out")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 # -- a picture to look at ----------------------------------------------------------------------------------------------
@@ -180,7 +174,7 @@ def paint(
         for step in range(first, end):
             loss, _ = guidance(canvas, *angles, step, space == "latents", False, hints)
             optimizer.zero_grad()
-            (opt.lambda_guidance(step) * loss).backward()
+            loss.backward()
             optimizer.step()
             if space == "pixels":  # as the colors of a scene: beyond black and white there is nothing
                 canvas.data.clamp_(0, 1)

@@ -2,11 +2,12 @@
 # One prompt after the other: scripts/run_prompts.sh prompts.txt FOLDER [flags of main.py]
 # A line of the file is a prompt; empty lines and lines that begin with # are left out. Every prompt has a folder in FOLDER. What is finished is left
 # alone, what was stopped goes on: the same command again. A prompt that fails is said, and the others go on; the status is then 1.
+# FOLDER/index.html shows all results. On several GPUs or machines at once: scripts/batch.py.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 if [[ $# -lt 2 || $1 == -* || $2 == -* ]]; then
-    sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}" >&2
     exit 2
 fi
 list=$1 folder=${2%/}
@@ -39,6 +40,10 @@ while IFS= read -r prompt <&3 || [[ -n $prompt ]]; do
     if [[ $status -ne 0 ]]; then failed+=("$prompt"); fi
 done 3<"$list"
 
+# one page of all results
+if [[ -f $root/scripts/batch.py && -d $folder ]]; then
+    "$root/.venv/bin/python" "$root/scripts/batch.py" --index "$folder" || true
+fi
 printf 'somnium: %d prompts, %d failed\n' "$count" "${#failed[@]}" >&2
 for prompt in "${failed[@]+"${failed[@]}"}"; do printf 'somnium: failed: %s\n' "$prompt" >&2; done
 [[ ${#failed[@]} -eq 0 ]]

@@ -17,13 +17,14 @@ fail() {
 
 lists=("$root/requirements.txt")
 kind=run
-validator=
+modules=()
 case "${1-}" in
     '') ;;
     --tests)
         lists+=("$root/requirements-test.txt")
         kind=tests
-        validator=gltf-validator@2.0.0-dev.3.10 # Khronos' judge of .glb files, where there is npm
+        # where there is npm: Khronos' judge of .glb files, and what steers a browser
+        modules=(gltf-validator@2.0.0-dev.3.10 playwright-core@1.65.1)
         ;;
     *) fail "$1: setup.sh takes no argument but --tests" ;;
 esac
@@ -45,7 +46,7 @@ fi
 
 # One stamp per kind of set-up; it changes with the lists of packages, the Python and the presence of a GPU.
 stamp=$venv/somnium-$kind
-wanted=$({ cat "${lists[@]}"; "$python" -V; echo "gpu $gpu ${TORCH_INDEX_URL-} $validator"; } | cksum)
+wanted=$({ cat "${lists[@]}"; "$python" -V; echo "gpu $gpu ${TORCH_INDEX_URL-} ${modules[*]-}"; } | cksum)
 if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then exit 0; fi
 
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
@@ -82,9 +83,24 @@ say "installing the other packages (about 1 GB on disk)"
 arguments=()
 for list in "${lists[@]}"; do arguments+=(--requirement "$list"); done
 pip install --quiet "${arguments[@]}"
-if [[ -n $validator ]]; then
-    if ! npm install --silent --no-audit --no-fund --no-save --prefix "$venv/node" "$validator" 2>/dev/null; then
-        say "npm is missing or could not install $validator: the test that needs it will be skipped"
+if [[ $kind == tests ]]; then
+    # A screen that nobody sees, a hand that moves its mouse, and a browser: for the tests of the viewers.
+    system=()
+    command -v Xvfb >/dev/null || system+=(xvfb libgl1 libgl1-mesa-dri libglx-mesa0)
+    command -v xdotool >/dev/null || system+=(xdotool)
+    command -v chromium >/dev/null || command -v google-chrome >/dev/null || system+=(chromium)
+    if [[ ${#system[@]} -gt 0 ]]; then
+        install="apt-get install --yes --no-install-recommends ${system[*]}"
+        if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+            say "installing ${system[*]}"
+            { $install || { apt-get update && $install; }; } >/dev/null 2>&1 || true
+        fi
+        if ! command -v Xvfb >/dev/null || ! command -v xdotool >/dev/null; then
+            say "the tests of the viewers will be skipped; on Debian or Ubuntu they need: $install"
+        fi
+    fi
+    if ! npm install --silent --no-audit --no-fund --no-save --prefix "$venv/node" "${modules[@]}" 2>/dev/null; then
+        say "npm is missing or could not install ${modules[*]}: the tests that need them will be skipped"
     fi
 fi
 printf '%s\n' "$wanted" >"$stamp"

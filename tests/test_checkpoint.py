@@ -94,6 +94,26 @@ def test_scratch_sets_the_old_run_aside(tmp_path, capsys):
     assert "previous" in capsys.readouterr().err
 
 
+def test_what_is_set_aside_twice_is_there_twice(tmp_path):
+    for step in (10, 20, 20):
+        kept = checkpoint.save(tmp_path, _state(step))
+        checkpoint.set_aside(tmp_path, 10, kept if step == 10 else None)
+    assert [p.name for p in checkpoint.newest_first(tmp_path)] == ["step_0000010.pt"]
+    assert [p.name for p in sorted(tmp_path.glob("previous*/*"))] == ["step_0000020.pt"] * 2
+    checkpoint.set_aside(tmp_path, 5, tmp_path / "step_0000010.pt")  # what a run goes on from stays
+    assert (tmp_path / "step_0000010.pt").is_file()
+
+
+def test_what_lies_ahead_does_not_push_out_what_is_new(tmp_path):
+    """Two broken checkpoints of more steps: the run went on from an earlier one, and is killed again."""
+    for step in (30, 40):
+        (tmp_path / f"step_{step:07d}.pt").write_bytes(b"broken")
+    for step in (10, 20, 25):
+        checkpoint.save(tmp_path, _state(step))
+    assert checkpoint.choose(tmp_path, "latest")[0]["step"] == 25
+    assert not (tmp_path / "step_0000010.pt").exists()
+
+
 def test_a_scene_of_another_shape_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"x.pt.*weight: \[2, 3\] in the file, \[2, 4\] here"):
         checkpoint.load_scene(nn.Linear(4, 2), nn.Linear(3, 2).state_dict(), tmp_path / "x.pt")

@@ -254,7 +254,7 @@ def test_every_value_survives_saving(tmp_path):
         "latent_iter_ratio",
     }
     for name, flag in FLAGS.items():
-        if name in special or flag.kind not in (*samples, "choice", "flag") or name in (*PRESETS, "test", "six_views"):
+        if name in special or flag.kind not in (*samples, "choice", "flag") or not flag.saved:
             continue
         value = {"choice": flag.choices and flag.choices[-1]}.get(flag.kind, samples.get(flag.kind))
         argv += [f"--{name}"] if flag.kind == "flag" else [f"--{name}", str(value)]

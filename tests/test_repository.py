@@ -111,8 +111,10 @@ def test_everything_imported_is_listed_with_a_version():
         return {line.partition("==")[0].lower().replace("-", "_") for line in lines if line}
 
     packages = {"yaml": "pyyaml", "PIL": "pillow", "mcubes": "pymcubes", "igl": "libigl", "pxr": "usd_core"}
+    packages |= {"cv2": "opencv_python_headless"}
     run, test = listed("requirements.txt"), listed("requirements-test.txt")
-    optional = {"tokenizers", "huggingface_hub", "nvdiffrast"}  # two come with transformers, one only if a user has it
+    # two come with transformers, the others are used where a user has them
+    optional = {"tokenizers", "huggingface_hub", "nvdiffrast", "rembg"}
     for name, tree in modules().items():
         foreign = imports(tree) - ours() - set(sys.stdlib_module_names) - optional
         foreign -= (

@@ -64,6 +64,9 @@ def test_progressive_bands_open_when_they_should(name):
         assert -(-share(step) * 16 // 1) == published, step  # the grid rounds up
 
 
+OTHER = ("lambda_guidance", "lambda_rgb", "lambda_mask")  # not for random views
+
+
 # ---- embedded -----------------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +84,7 @@ def test_the_embedded_model_gets_values_of_its_own(name):
     assert opt.log2_hashmap_size <= 15 and opt.num_steps <= 64
     assert opt.voxel_size <= 64 or opt.backbone != "voxel"
     assert opt.size_scale.max() == 1 and (not opt.dmtet or opt.w * opt.dmtet_reso_scale <= 256)
-    heavy = {flag: getattr(opt, flag) for flag in FLAGS if flag.startswith("lambda_") and flag != "lambda_guidance"}
+    heavy = {flag: getattr(opt, flag) for flag in FLAGS if flag.startswith("lambda_") and flag not in OTHER}
     assert not {
         flag: weight for flag, weight in heavy.items() if weight.max() > 100
     }  # those are for sums over 16384 latents

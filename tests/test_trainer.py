@@ -257,7 +257,11 @@ def test_an_empty_scene_is_noticed_and_starts_again(trainer, capsys):
     run.scene.grid.data[:, 0] = -80.0  # after the guard has seen the initial blob: softplus has no slope here
     run.train()
     said = capsys.readouterr().err
-    assert "the scene is empty" in said and "starting it again from its first blob" in said and run.guard.revived == 1
+    assert (
+        "the scene is empty" in said
+        and "beginning again from its first weights (1 of --retry 1)" in said
+        and run.guard.revived == 1
+    )
     assert run.metrics.history["alpha/largest"][0][1] < 0.01 < 0.5 < run.metrics.history["alpha/largest"][-1][1]
 
 

@@ -53,11 +53,10 @@ def build_text_encoder(folder: Path) -> nn.Module:
     return CLIPTextModel(_text_config(folder))
 
 
-def build_clip(folder: Path) -> nn.Module:
-    """A small `CLIPModel` (pictures of 64x64 in patches of 8) for the tokenizer in `folder`."""
-    from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
+def _vision_config():
+    from transformers import CLIPVisionConfig
 
-    vision = CLIPVisionConfig(
+    return CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
         num_hidden_layers=4,
@@ -66,13 +65,28 @@ def build_clip(folder: Path) -> nn.Module:
         patch_size=8,
         projection_dim=WIDTH,
     )
-    config = CLIPConfig(text_config=_text_config(folder), vision_config=vision, projection_dim=WIDTH)
+
+
+def build_image_encoder() -> nn.Module:
+    """The half of `build_clip` that sees, by itself."""
+    from transformers import CLIPVisionModelWithProjection
+
+    config = _vision_config()
+    config._attn_implementation = "eager"
+    return CLIPVisionModelWithProjection(config)
+
+
+def build_clip(folder: Path) -> nn.Module:
+    """A small `CLIPModel` (pictures of 64x64 in patches of 8) for the tokenizer in `folder`."""
+    from transformers import CLIPConfig, CLIPModel
+
+    config = CLIPConfig(text_config=_text_config(folder), vision_config=_vision_config(), projection_dim=WIDTH)
     config._attn_implementation = "eager"  # trains faster than the fused one on a CPU
     return CLIPModel(config)
 
 
-def build_unet() -> nn.Module:
-    """The denoiser. The text reaches it twice: by cross-attention, and pooled into the time embedding.
+def build_unet(in_channels: int = 4) -> nn.Module:
+    """The denoiser (8 channels in: that of tiny-zero123). The text reaches it twice: by cross-attention, and pooled into the time embedding.
 
     The second way (`addition_embed_type="text"`) scales and shifts every residual block, so that kind, color and view are learned in
     thousands of steps instead of tens of thousands. Attention stays at 4x4: above, it costs more time than it gives.
@@ -81,7 +95,7 @@ def build_unet() -> nn.Module:
 
     return UNet2DConditionModel(
         sample_size=SIZE // 4,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         block_out_channels=(48, 96, 192),
         layers_per_block=1,
@@ -131,6 +145,20 @@ def save_pipeline(folder: Path, unet: nn.Module, text_encoder: nn.Module, vae: n
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def save_view_pipeline(
+    folder: Path, unet: nn.Module, image_encoder: nn.Module, projection: nn.Module, vae: nn.Module
+) -> None:
+    """Write a Zero-1-to-3 folder (see guidance/zero123_reference.py) in half precision."""
+    from guidance.zero123_reference import write_view_model
+    from toybox.train_clip import MEAN, SPREAD
+
+    unet, image_encoder, projection, vae = (part.to(torch.float16) for part in (unet, image_encoder, projection, vae))
+    looks = [MEAN] * 3, [SPREAD] * 3
+    write_view_model(
+        folder, unet, vae, build_scheduler(), image_encoder, projection, "radius", *looks, any_background=True
+    )
 
 
 def build_t5() -> tuple[nn.Module, object]:

@@ -1,0 +1,222 @@
+"""Train tiny-zero123: the object of one picture as seen from another camera (Zero-1-to-3, Liu et al. 2023), starting from tiny-sd.
+
+The denoiser sees the reference picture's latents beside the noisy ones, and one token: the image embedding of the reference and the
+relative pose, projected. The image tower of tiny-clip, which was taught not to care for the view, is trained along.
+"""
+
+import json
+import math
+import time
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from guidance.zero123 import relative_pose
+from toybox import data
+from toybox.denoiser import draw_times, parser
+from toybox.models import (
+    MODELS,
+    SIZE,
+    WIDTH,
+    build_autoencoder,
+    build_image_encoder,
+    build_scheduler,
+    build_unet,
+    save_view_pipeline,
+)
+from toybox.objects import COLORS, OBJECTS
+from toybox.render import compose, orbit_cameras, trace
+from toybox.train_clip import MEAN, SPREAD
+from toybox.training import Average, Progress, load_state, save_state
+
+REFERENCES, TARGETS = 3, 7  # views of a scene; the first of the references is from near the front
+FRONT_SHARE = 0.5  # of the references that are asked about
+WHITE, LIT = 0.65, 0.5  # share of the scenes on white, and of those that are lit
+TOWER_SHARE = 0.3  # of the learning rate, for the image tower
+DROPPED = 0.1  # share of samples that are told nothing, for classifier-free guidance
+POLAR, LEVEL = (15.0, 110.0), (60.0, 100.0)  # of targets and of references, degrees
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Toybox objects from several cameras each: an object, a color, a background and a way of lighting are a scene."""
+
+    latents: Float[Tensor, "N V 4 16 16"]  # half precision; as the autoencoder gives them; references first
+    picture: UInt8[Tensor, "N R 3 64 64"]  # of the references
+    camera: Float[Tensor, "N V 3"]  # polar, azimuth (degrees), radius
+
+
+@torch.no_grad()
+def make(per_kind: int, vae: nn.Module, seed: int = 0) -> Scenes:
+    """Render and encode `per_kind` scenes of every kind."""
+    generator = torch.Generator().manual_seed(seed)
+    views = REFERENCES + TARGETS
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=generator)
+
+    palette = torch.tensor(list(COLORS.values()))
+    rows = []
+    for number, kind in enumerate(data.KINDS):
+        azimuth = uniform(-180, 180, per_kind, views)
+        azimuth[:, 0] = uniform(-20, 20, per_kind)
+        level, any_polar = uniform(*LEVEL, per_kind, REFERENCES), uniform(*POLAR, per_kind, TARGETS)
+        polar, radius = torch.cat([level, any_polar], 1), uniform(*data.RADIUS, per_kind, views)
+        c2w = orbit_cameras(polar.flatten(), azimuth.flatten(), radius.flatten())
+        light = c2w[:, :3, 2] + 0.3 * torch.randn(per_kind * views, 3, generator=generator)
+        lit = uniform(0, 1, per_kind, 1) < LIT
+        ambient = torch.where(lit, uniform(0.3, 0.9, per_kind, views), 1.0).flatten()
+        layers = trace(OBJECTS[kind], c2w, data.FOVY, SIZE, light, ambient)
+
+        draw = uniform(0, 1, per_kind, 1)
+        named = palette[torch.randint(len(palette), (per_kind,), generator=generator)]
+        color = torch.where(draw < 0.3, torch.tensor(OBJECTS[kind].default), named)
+        color = (color + 0.03 * torch.randn(per_kind, 3, generator=generator)).clamp(0, 1)
+        color = torch.where(draw > 0.75, uniform(0, 1, per_kind, 3), color)
+        plain = torch.where(uniform(0, 1, per_kind, 1) < 0.3, uniform(0, 1, per_kind, 1), uniform(0, 1, per_kind, 3))
+        background = torch.where(uniform(0, 1, per_kind, 1) < WHITE, 1.0, plain)
+        each = (value.repeat_interleave(views, 0) for value in (color, background))
+        image = compose(layers, *each).clamp(0, 1).permute(0, 3, 1, 2)
+        parts = [vae.encode(2 * piece - 1).latents.half() for piece in image.split(100)]
+        image = image.unflatten(0, (per_kind, views))
+        rows.append(
+            (
+                torch.cat(parts).unflatten(0, (per_kind, views)),
+                (image[:, :REFERENCES] * 255).round().byte(),
+                torch.stack([polar, azimuth, radius], -1),
+            )
+        )
+        print(f"{number + 1:3d}/{len(data.KINDS)} {kind}", flush=True)
+    return Scenes(*(torch.cat(column) for column in zip(*rows, strict=True)))
+
+
+def load(per_kind: int, vae: nn.Module, seed: int = 0) -> Scenes:
+    """The scenes of `make`, kept in the cache folder."""
+    file = data.CACHE / f"scenes-{per_kind}-{seed}.pt"
+    if not file.exists():
+        scenes = make(per_kind, vae, seed)
+        data.CACHE.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".part")
+        torch.save(vars(scenes), partial)
+        partial.replace(file)
+    return Scenes(**torch.load(file, weights_only=True))
+
+
+def first_weights(model: nn.ModuleDict) -> None:
+    """tiny-sd's denoiser, blind at first to the channels that are new to it, and tiny-clip's image tower."""
+    from safetensors.torch import load_file
+
+    known = load_file(MODELS / "tiny-sd" / "unet" / "diffusion_pytorch_model.safetensors")
+    known = {name: value.float() for name, value in known.items()}
+    wide = torch.zeros_like(model["unet"].conv_in.weight)
+    wide[:, : known["conv_in.weight"].shape[1]] = known["conv_in.weight"]
+    model["unet"].load_state_dict({**known, "conv_in.weight": wide})
+    seeing, tower = load_file(MODELS / "tiny-clip" / "model.safetensors"), model["image_encoder"]
+    tower.load_state_dict({name: seeing[name].float() for name in tower.state_dict()})
+    with torch.no_grad():
+        model["cc_projection"].weight[:, WIDTH:] *= 4  # the pose's numbers are small beside those of the embedding
+
+
+def build() -> nn.ModuleDict:
+    """What is trained: denoiser, image tower, and the layer that makes a token of what it sees and of the pose."""
+    parts = {"unet": build_unet(in_channels=8), "image_encoder": build_image_encoder()}
+    return nn.ModuleDict({**parts, "cc_projection": nn.Linear(WIDTH + 4, WIDTH)})
+
+
+def tiny_autoencoder() -> nn.Module:
+    """tiny-sd's autoencoder, frozen."""
+    from safetensors.torch import load_file
+
+    vae, folder = build_autoencoder(), MODELS / "tiny-sd" / "vae"
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    vae.load_state_dict({name: value.float() for name, value in weights.items()})
+    vae.register_to_config(scaling_factor=json.loads((folder / "config.json").read_text())["scaling_factor"])
+    return vae.eval().requires_grad_(False)
+
+
+def draw_pairs(scenes: Scenes, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(scene, view that is known, view that is asked for) of each sample."""
+    scene = torch.randint(len(scenes.camera), (count,), generator=generator)
+    front = torch.rand(count, generator=generator) < FRONT_SHARE
+    other = torch.randint(1, REFERENCES, (count,), generator=generator)
+    target = torch.randint(REFERENCES + TARGETS, (count,), generator=generator)
+    return scene, torch.where(front, 0, other), target
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.set_defaults(per_kind=100, steps=5000)
+    args = flags.parse_args()
+
+    from diffusers.models.attention_processor import AttnProcessor
+
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae = tiny_autoencoder()
+    scenes, scaling = load(args.per_kind, vae, args.seed), vae.config.scaling_factor
+    model = build()
+    first_weights(model)
+    if args.resume:
+        model.load_state_dict(load_state(args.resume)[0])
+    model.to(device)
+    unet, tower, projection = model["unet"], model["image_encoder"], model["cc_projection"]
+    unet.set_attn_processor(AttnProcessor())  # at 16 tokens the fused attention's backward takes ten times as long
+    unet.to(memory_format=torch.channels_last)
+    abar = build_scheduler().alphas_cumprod.to(device)
+    average = Average(model)
+    groups = [{"params": [*unet.parameters(), *projection.parameters()], "share": 1.0}]
+    groups += [{"params": list(tower.parameters()), "share": TOWER_SHARE}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    progress = Progress(args.out.name, args.steps)
+
+    def done(step: int) -> float:
+        return (time.time() - progress.start) / (60 * args.minutes) if args.minutes else step / args.steps
+
+    def keep(step: int) -> None:
+        shadow = {**model.state_dict(), **average.values}
+        save_state(args.out.with_suffix(".state"), shadow, {"steps": step, "seconds": time.time() - progress.start})
+        fresh = build()
+        fresh.load_state_dict(shadow)
+        save_view_pipeline(args.out, *fresh.values(), deepcopy(vae))
+
+    saved, step = time.time(), 0
+    while (ratio := done(step)) < 1:
+        fall = min(1.0, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * ratio)))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * group["share"] * fall
+        scene, reference, target = draw_pairs(scenes, args.batch, generator)
+        clean = scenes.latents[scene, target].float().to(device) * scaling
+        beside = scenes.latents[scene, reference].float().to(device)
+        picture = scenes.picture[scene, reference].to(device).float() / 255
+        pose = relative_pose(scenes.camera[scene, target], scenes.camera[scene, reference]).to(device)
+        told = (torch.rand(args.batch, generator=generator) >= DROPPED).float().to(device)
+        t = draw_times(args.batch, len(abar), generator).to(device)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        signal, spread = abar[t].sqrt().view(-1, 1, 1, 1), (1 - abar[t]).sqrt().view(-1, 1, 1, 1)
+        both = torch.cat([signal * clean + spread * noise, beside * told.view(-1, 1, 1, 1)], 1)
+        with torch.autocast(device, torch.bfloat16):
+            seen = tower((picture - MEAN) / SPREAD).image_embeds
+            token = projection(torch.cat([seen, pose], 1)) * told[:, None]
+            output = unet(both.contiguous(memory_format=torch.channels_last), t, token[:, None]).sample.float()
+        value = (output - (signal * noise - spread * clean)).square().mean()
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 4 == 0:
+            average.update(model, every=4)
+        progress.update(value)
+        if time.time() - saved > 300:
+            keep(step)
+            saved = time.time()
+    keep(step)
+    print(f"done: {step} steps in {(time.time() - progress.start) / 60:.1f} minutes", flush=True)
+
+
+if __name__ == "__main__":
+    main()
