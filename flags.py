@@ -55,7 +55,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("lambda_depth_rank", "schedule", 0.0, "known views: what is nearer there is nearer", range=">= 0"),
         Flag("lambda_normal", "schedule", 0.0, "known views: the normals agree, where x_normal.png lies beside x_rgba.png", range=">= 0"),
         Flag("lambda_zero123", "schedule", 0.0, "weight of the novel-view prior's opinion of other views", range=">= 0"),
-        Flag("zero123", "text", None, "that prior by its hub id or folder (scripts/convert_zero123.py); else the small one that comes with this program"),
+        Flag("zero123", "text", None, "that prior by its hub id or folder (scripts/convert_zero123.py); else the small one of this program"),
         Flag("zero123_scale", "float", None, "strength of its classifier-free guidance; default 5, with the small one 3", range=">= 0"),
         Flag("zero123_grad_scale", "choice", "angle", "how much views count: as they turn away from the pictures, or all alike",
              choices=("angle", "none")),
@@ -95,12 +95,14 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("IF", "flag", False, "a model of pixels: the small one that comes with this program, or a DeepFloyd IF named with --hf_key"),
         Flag("hf_key", "text", None, "a diffusers model by its hub id or folder (Stable Diffusion 1 to 3.5, DeepFloyd IF, InstructPix2Pix); "
              "takes the place of --sd_version"),
+        Flag("lora", "text", None, "adapters (LoRA) to put on it: PATH[:weight], several separated by commas; diffusers' or peft's files"),
         Flag("control", "choice", "none", "a ControlNet that sees the scene's own normals, depth or edges",
              choices=("none", "normal", "depth", "canny")),
         Flag("control_key", "text", None, "the ControlNet by its hub id or folder, instead of the usual one for Stable Diffusion 1.5"),
         Flag("control_scale", "schedule", 1.0, "strength of the ControlNet", range=">= 0"),
         Flag("edit_scale", "schedule", 1.5, "InstructPix2Pix: how strongly the picture to edit is kept", range=">= 0"),
-        Flag("lambda_clip", "schedule", 0.0, "weight of CLIP's opinion beside the diffusion model's", range=">= 0"),
+        Flag("lambda_clip", "schedule", 0.0, "weight of CLIP's opinion beside the diffusion model's: of the prompt, and with "
+             "photographs of how much a view resembles the nearest (published: 10)", range=">= 0"),
         Flag("clip_model", "text", None, "the CLIP for it by its hub id or folder; else the small one that comes with this program, with a big "
              "prior openai/clip-vit-large-patch14"),
         Flag("guidance_scale", "schedule", 100.0, "strength of classifier-free guidance", range=">= 0"),

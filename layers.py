@@ -38,7 +38,7 @@ def automatic(chosen: list[Layer], typed: Layer, evaluate: bool) -> tuple[list[L
         embedded = last("zero123", chosen, typed) is None
     layers = [_section("distill/published.yaml", method)]
     if photos:
-        layers += [_section("photos.yaml", "alone" if alone else "text")]
+        layers += [_section("photos/defaults.yaml", "alone" if alone else "text")]
     if embedded:
         layers += [(where, _published(layer)) for where, layer in chosen if EMBEDDED in layer]
         chosen = [
@@ -47,7 +47,7 @@ def automatic(chosen: list[Layer], typed: Layer, evaluate: bool) -> tuple[list[L
         layers += [read_config(CONFIGS / "embedded.yaml")]
         layers += [read_config(CONFIGS / "embedded-if.yaml")] if pixels else []
         layers += [_section("distill/embedded.yaml", method)]
-        layers += [_section("photos.yaml", "embedded" if alone else "embedded_text")] if photos else []
+        layers += [_section("photos/defaults.yaml", "embedded" if alone else "embedded_text")] if photos else []
     if pixels:
         layers += [("--IF", {"latent_iter_ratio": 0.0})]  # there are no latents for normals to stand for
     if last("control", chosen, typed) == "canny":
@@ -59,7 +59,7 @@ def automatic(chosen: list[Layer], typed: Layer, evaluate: bool) -> tuple[list[L
     if is_mesh_file(start) or last("dmtet", known, typed):
         layers += [read_config(CONFIGS / "dmtet.yaml")]
         layers += [read_config(CONFIGS / "embedded-dmtet.yaml")] if embedded else []
-        layers += [_section("photos.yaml", "surface")] if photos else []
+        layers += [_section("photos/defaults.yaml", "surface")] if photos else []
         layers += [read_config(CONFIGS / "embedded-mesh.yaml")] if embedded and is_mesh_file(start) else []
     if start is not None and not is_mesh_file(start) and not evaluate:
         layers += [_structure_of(start)]

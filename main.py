@@ -52,6 +52,10 @@ def run(opt) -> None:
         from nerf.gui import need_display
 
         need_display()
+    if opt.viewer:
+        from nerf.viewer import need_server
+
+        need_server(opt.viewer_host, opt.viewer_port)
     from ranks import launched, together
 
     if launched() and (not training or opt.gui or opt.viewer):
@@ -129,27 +133,40 @@ def build(opt):
 
 
 def build_guidances(opt, device, references):
-    """Who judges the pictures: the prior of the prompt, that of the photographs (`--lambda_zero123`), or both; or nobody."""
+    """Who judges the pictures: the prior of the prompt, that of the photographs (`--lambda_zero123`), CLIP by the photographs
+    (`--lambda_clip`), or several of them; or nobody."""
     parts = {}
     if opt.text is not None:
         from guidance import build_guidance
 
         parts["text"] = build_guidance(opt, device)
     if opt.lambda_zero123.max() > 0:
-        import torch
+        from guidance.zero123 import build_view_guidance
 
-        from guidance.zero123 import View, build_view_guidance
+        parts["zero123"] = build_view_guidance(opt, _known_views(references), device)
+    if references is not None and opt.lambda_clip.max() > 0:
+        from guidance.clip import build_picture_opinion
+        from guidance.memory import precision
 
-        c = references.cameras
-        numbers = torch.stack([c.polar, c.azimuth, c.radius, references.weight], -1).tolist()
-        masks = references.mask.permute(0, 3, 1, 2)
-        pictures = [View(references.picture(i), *row, masks[i]) for i, row in enumerate(numbers)]
-        parts["zero123"] = build_view_guidance(opt, pictures, device)
+        reader = parts["text"].clip.clip if "text" in parts else None
+        parts["picture"] = build_picture_opinion(opt, _known_views(references), device, precision(opt, device), reader)
     if len(parts) == 1:
         return next(iter(parts.values()))
     from guidance.several import Several
 
     return Several(parts)
+
+
+def _known_views(references) -> list:
+    """The photographs as priors are shown them."""
+    import torch
+
+    from guidance.zero123 import View
+
+    c = references.cameras
+    numbers = torch.stack([c.polar, c.azimuth, c.radius, references.weight], -1).tolist()
+    masks = references.mask.permute(0, 3, 1, 2)
+    return [View(references.picture(i), *row, masks[i]) for i, row in enumerate(numbers)]
 
 
 def _folder_of_latents(opt) -> Path | None:

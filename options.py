@@ -159,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
     for title, group in GROUPS.items():
         section = result.add_argument_group(title)
         for flag in group:
-            _add(section, flag)
+            add_flag(section, flag)
     return result
 
 
@@ -177,7 +177,8 @@ class _Source(argparse.Action):
         namespace.sources = [*getattr(namespace, "sources", []), (self.dest, value)]
 
 
-def _add(section, flag: Flag) -> None:
+def add_flag(section, flag: Flag) -> None:
+    """A row of the table as an argument of argparse."""
     help_text = f"{flag.help} {_facts(flag)}".replace("%", "%%").strip()
     if flag.kind == "flag":
         dash = "-" if flag.name in PRESETS else "--"

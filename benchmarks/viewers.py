@@ -10,6 +10,8 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -89,27 +91,34 @@ def turning(control: Control, seconds: float, turn: Callable[[], None], close: C
     return frames
 
 
+def row(viewer: Callable[[Control, float], list[Frame]], typed: list[str], seconds: float, threads: int) -> str:
+    """What is measured of one viewer and one scene, as cells of a table."""
+    torch.set_num_threads(threads)
+    *frames, full = viewer(controller(typed), seconds)
+    share, taken = median(frame.scale for frame in frames), median(frame.seconds for frame in frames)
+    return f"{len(frames) / seconds:.1f} | {100 * share:.0f} % | {1000 * taken:.0f} | {1000 * full.seconds:.0f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", help="the workspace of a finished run")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--threads", type=int, default=1, help="of the pictures; the window has its own")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     print("| scene | viewer | pictures a second | of the full width | one picture, ms | a full one, ms |")
     print("|---|---|---:|---:|---:|---:|")
     with TemporaryDirectory() as folder:
-        scenes = {"tiny": TINY, "tiny, -O": [*TINY, "-O"]}
+        scenes = {
+            "tiny": [*TINY, "--workspace", f"{folder}/1"],
+            "tiny, -O": [*TINY, "-O", "--workspace", f"{folder}/2"],
+        }
         if args.run:
             scenes = {Path(args.run).name: ["--test", "--workspace", args.run]}
         for name, typed in scenes.items():
-            typed = typed if args.run else [*typed, "--workspace", f"{folder}/{len(typed)}"]
-            for viewer in (alone, desktop):
-                *frames, full = viewer(controller(typed), args.seconds)
-                values = len(frames) / args.seconds, 100 * median(frame.scale for frame in frames)
-                times = (1000 * median(frame.seconds for frame in frames), 1000 * full.seconds)
-                print(f"| {name} | {viewer.__name__} | {values[0]:.1f} | {values[1]:.0f} % |", end="")
-                print(f" {times[0]:.0f} | {times[1]:.0f} |", flush=True)
+            for viewer in (alone, desktop):  # a process has one window
+                with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                    cells = process.submit(row, viewer, typed, args.seconds, args.threads).result()
+                print(f"| {name} | {viewer.__name__} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

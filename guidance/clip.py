@@ -1,19 +1,23 @@
-"""CLIP's opinion beside the diffusion model's: how well a picture and the prompt go together (CLIP guidance, as in Dream Fields).
+"""CLIP's opinion beside the diffusion model's: how well a picture and the prompt go together (CLIP guidance, as in Dream Fields), and how
+much it resembles a photograph of the object.
 
 The processor's work (resizing, normalising) is done in torch, so that a gradient reaches the picture.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from errors import UserError, say
 from guidance.parts import part_source, read_part
 from guidance.views import view_weights
 from guidance.weights import Source, check_vocabulary, clip_words, quiet, read_json
+from schedule import value_at
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "toybox" / "models" / "tiny-clip"
 LARGE = "openai/clip-vit-large-patch14"
@@ -28,6 +32,19 @@ def build_clip(opt, prompts, device: torch.device | str, dtype: torch.dtype = to
     embedded = not opt.hf_key and opt.sd_version == "embedded"
     clip = Clip(opt.clip_model or (EMBEDDED if embedded else LARGE), device, dtype)
     return PromptOpinion(clip, prompts)
+
+
+def build_picture_opinion(
+    opt, views, device: torch.device | str, dtype: torch.dtype = torch.float32, clip: "Clip | None" = None
+) -> "PictureOpinion":
+    """CLIP for known pictures (each with `picture` [3, S, S] on white in [0, 1] and `azimuth`, degrees), weighted by `lambda_clip`.
+
+    clip: the one that reads the prompt, if there is a prompt. Else the model that `--clip_model` names, or the embedded one where the
+    novel-view prior is embedded, or `LARGE`. Raises UserError if it cannot be had.
+    """
+    if clip is None:
+        clip = Clip(opt.clip_model or (EMBEDDED if opt.zero123 is None else LARGE), device, dtype)
+    return PictureOpinion(clip, [view.picture for view in views], [view.azimuth for view in views], opt.lambda_clip)
 
 
 class Clip:
@@ -114,6 +131,81 @@ class PromptOpinion:
         bank = self.prompts
         weights = view_weights(polar, azimuth, bank.view_words, bank.view_blend, bank.angle_overhead, bank.angle_front)
         return self.clip.loss(image, self.clip.text_for(weights, self.features))
+
+
+class PictureOpinion:
+    """CLIP's loss for how much views resemble known pictures, the nearest counting for each; to `several.Several` a guidance among others.
+
+    L = -lambda mean_b s_b <f_b, f>, unit features f_b of the view and f of the picture whose azimuth is nearest to the view's, and
+    s = 1 - |difference of the azimuths| / 180: all of it in front of the picture, nothing behind (stable-dreamfusion, lambda = 10).
+    """
+
+    wants = ()  # no hints
+
+    def __init__(self, clip: Clip, pictures: Sequence[Float[Tensor, "3 _ _"]], azimuths: Sequence[float], weight):
+        """pictures: on a plain background, in [0, 1], with their azimuths in degrees; weight: lambda, a number or a schedule."""
+        if not pictures:
+            raise ValueError("no picture to compare with")
+        self.clip, self.weight = clip, weight
+        self.pictures = [picture.permute(1, 2, 0)[None].to(clip.device) for picture in pictures]
+        self.azimuths = torch.tensor([float(azimuth) for azimuth in azimuths], device=clip.device)
+        with torch.no_grad():
+            self.features = torch.cat([clip.embed_images(picture) for picture in self.pictures])
+
+    def __call__(
+        self,
+        image: Float[Tensor, "B H W C"],
+        polar: Float[Tensor, "B"],
+        azimuth: Float[Tensor, "B"],
+        step: int,
+        as_latent: bool = False,
+        **more: Any,
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The weighted loss of a batch of pictures in [0, 1], and for the log what it is without its weight; nothing of latents."""
+        weight = value_at(self.weight, step)
+        if as_latent or weight == 0:
+            return 0 * image.sum(), {}
+        nearest, share = self.nearest(azimuth)
+        opinion = -(share * (self.clip.embed_images(image) * self.features[nearest]).sum(-1)).mean()
+        return weight * opinion, {"clip": opinion.detach()}
+
+    def nearest(self, azimuth: Float[Tensor, "B"]) -> tuple[Int[Tensor, "B"], Float[Tensor, "B"]]:
+        """For each view the place of its picture, and its share s."""
+        away = (azimuth.to(self.azimuths)[:, None] - self.azimuths + 180).remainder(360) - 180
+        away, place = away.abs().min(1)
+        return place, 1 - away / 180
+
+    @torch.no_grad()
+    def debug_images(
+        self,
+        image: Float[Tensor, "B H W C"],
+        polar: Float[Tensor, "B"],
+        azimuth: Float[Tensor, "B"],
+        step: int,
+        as_latent: bool = False,
+        **more: Any,
+    ) -> Float[Tensor, "B S W2 3"]:
+        """Each view beside its picture; grey where the view is latents."""
+        size = self.clip.image_size
+        seen = torch.full_like(image[..., :3], 0.5) if as_latent else image
+        chosen = torch.cat([self._sized(self.pictures[place], size) for place in self.nearest(azimuth)[0].tolist()])
+        return torch.cat([self._sized(seen.float(), size), chosen], 2)
+
+    @staticmethod
+    def _sized(image: Float[Tensor, "B _ _ 3"], size: int) -> Float[Tensor, "B S S 3"]:
+        shrunk = F.interpolate(image.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)
+        return shrunk.permute(0, 2, 3, 1)
+
+    def follow(self, opt) -> None:
+        """The weight as these options say, model and pictures as they are."""
+        self.weight = opt.lambda_clip
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: it draws no random numbers."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
 
 
 def _normalisation(source: Source) -> tuple[list[float], list[float]]:

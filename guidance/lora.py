@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from errors import UserError
-from guidance.adapters import one_more, switch, tuner_layers
+from guidance.adapters import one_more, separate, switch, tuner_layers
 from guidance.prior import Hints, Prior
 from ranks import average_gradients, mine
 
@@ -50,6 +50,7 @@ class Adaptation:
             raise UserError(
                 "--distill vsd: this model's denoiser has no attention or no time embedding to adapt; use another --distill"
             )
+        separate(self.network)
         before = {layer: list(layer.active_adapters) for layer in tuner_layers(self.network)}  # `--lora`: stays on
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian")
         with torch.random.fork_rng([]):  # nobody else's random numbers move

@@ -22,7 +22,6 @@ from guidance.adapters import RECORD, WEIGHTS, find_file, read, record_of
 from guidance.lora import ATTENTION, CONVOLUTIONS, from_epsilon
 from guidance.prior import Prior
 from guidance.text import TextEncoder
-from nerf.progress import Bar
 
 KINDS = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionXLPipeline")
 # Where a UNet attends in its middle alone, or pools the text into its time embedding, more than attention has to learn.
@@ -79,32 +78,38 @@ def personalize(
     folder: Path,
     words: dict[str, str] | None = None,
     start: Path | None = None,
+    tell: Callable[[int, str], None] = lambda done, text: None,
 ) -> dict[str, Path]:
     """Learns, and writes `folder`/NAME/pytorch_lora_weights.safetensors for each snapshot -> name -> folder.
 
     prior: fresh, without adapters; it is changed. encoder, embed: its text encoder, and embeddings that may come from a cache. of_class:
     pictures for prior preservation, None: without. words: those it learns and what stands for them (`adapters.Adapter`), noted in the
-    files. start: an adapter to go on from. With `recipe.full` the snapshots are whole pipelines in diffusers' format. A run that was
-    stopped goes on from its last checkpoint in `folder`, with the same result on a CPU; what is complete is not done again.
+    files. start: an adapter to go on from. tell: called after each step with their number and a text.
+
+    With `recipe.full` the snapshots are whole pipelines in diffusers' format. A run that was stopped goes on from its last checkpoint in
+    `folder`, with the same result on a CPU; what is complete is not done again.
 
     Raises UserError if `folder` holds something that was learnt from other pictures, texts or settings.
     """
     key = _key(instance, of_class, recipe, start, prior.name)
     done = {name: folder / name for name in recipe.snapshots}
-    if all(_is_of(path, key) for path in done.values()):
+    there = {name: _key_of(path) for name, path in done.items()}
+    if all(its == key for its in there.values()):
         return done
+    for name, its in there.items():
+        if its not in (None, key):
+            raise _other(done[name])
     student = _Student(prior, encoder, embed, recipe, words, key, start)
     batches = _Batches(prior, student, instance, of_class, recipe)
     first = student.go_on(folder / CHECKPOINT, batches.generator)
-    with Bar("personalise", recipe.max_train_steps, first, lines=True) as bar:
-        for step in range(first, recipe.max_train_steps):
-            loss = student.step(batches)
-            bar.update(step + 1, f"loss {loss:.4f}")
-            for name, at in recipe.snapshots.items():
-                if at == step + 1:
-                    student.write(done[name], step + 1)
-            if (step + 1) % recipe.checkpointing_steps == 0 and step + 1 < recipe.max_train_steps:
-                student.keep(folder / CHECKPOINT, step + 1, batches.generator)
+    for step in range(first, recipe.max_train_steps):
+        loss = student.step(batches)
+        tell(step + 1, f"loss {loss:.4f}")
+        for name, at in recipe.snapshots.items():
+            if at == step + 1:
+                student.write(done[name], step + 1)
+        if (step + 1) % recipe.checkpointing_steps == 0 and step + 1 < recipe.max_train_steps:
+            student.keep(folder / CHECKPOINT, step + 1, batches.generator)
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return done
 
@@ -264,10 +269,7 @@ class _Student:
             say(f"{path}: a broken checkpoint; the personalisation begins anew")
             return 0
         if state["key"] != self.key:
-            raise UserError(
-                f"--output_dir {path.parent}: holds a personalisation with other pictures, texts or settings; choose another folder, or "
-                "start over with --ckpt scratch"
-            )
+            raise _other(path)
         for name, parameter in self.trained.items():
             parameter.data.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -345,13 +347,20 @@ def _key(instance: Examples, of_class: Examples | None, recipe: Recipe, start: P
     return digest.hexdigest()[:16]
 
 
-def _is_of(folder: Path, key: str) -> bool:
-    """Whether a snapshot of this key is complete there."""
-    for file in (folder / WEIGHTS, folder / f"{RECORD}.json"):
+def _key_of(folder: Path) -> str | None:
+    """The key of the snapshot there, "" for a file of somebody else's, None if there is none."""
+    for file in (folder / f"{RECORD}.json", folder / WEIGHTS):
         if file.is_file():
             record = json.loads(file.read_text()) if file.suffix == ".json" else record_of(file, str(file))
-            return record.get("key") == key
-    return False
+            return record.get("key", "")
+    return None
+
+
+def _other(path: Path) -> UserError:
+    return UserError(
+        f"--output_dir {path.parent}: {path.name} is of other pictures, texts or settings; choose another folder, or start over with "
+        "--ckpt scratch"
+    )
 
 
 def _write_pipeline(prior: Prior, encoder: TextEncoder, folder: Path, record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Several opinions about one picture: a prompt's and a photograph's (Magic123, Qian et al. 2024), each with its own weight; or none."""
+"""Several opinions about one picture: a prompt's, a photograph's (Magic123, Qian et al. 2024), CLIP's; each with its own weight; or none."""
 
 from typing import Any
 

@@ -1,8 +1,9 @@
 """Reading Zero-1-to-3 and Stable-Zero123, and what their denoiser sees of a known picture (Liu et al. 2023, section 3.2).
 
 A model is a folder in diffusers' layout: `unet` (twice the latents' channels), `vae`, `scheduler`, `image_encoder` (a
-CLIPVisionModelWithProjection) and `cc_projection` (or `clip_camera_projection`: one linear layer, of the image embedding and four numbers
-of the pose to a token of the cross-attention). scripts/convert_zero123.py makes one of the original checkpoints.
+CLIPVisionModelWithProjection) and `cc_projection` (or `clip_camera_projection`): a linear layer, of the image embedding and four numbers
+of the pose to a token of the cross-attention; in tiny-zero123 several layers, with SiLU between. scripts/convert_zero123.py makes such a
+folder of the original checkpoints.
 """
 
 import json
@@ -35,7 +36,7 @@ class Parts:
     vae: nn.Module
     levels: tuple[Tensor, Tensor, str]  # signal, sigma, prediction type: see `prior.noise_levels`
     tower: nn.Module
-    projection: nn.Linear  # float32
+    projection: nn.Sequential  # float32
     pose: str  # one of POSES
     any_background: (
         bool  # trained on plain backgrounds of any color, the same one in both pictures; else on white alone
@@ -115,12 +116,8 @@ def read_view_model(source: Source, device: torch.device | str, dtype: torch.dty
         raise UserError(
             f"{place}: not a Zero-1-to-3 model: its denoiser takes {channels} channels, not twice the {latents} of its autoencoder"
         )
-    projection, pose, any_background = _read_projection(folder, place, source.name)
-    wanted = (unet.config.cross_attention_dim, tower.config.projection_dim + 4)
-    if tuple(projection.weight.shape) != wanted:
-        raise UserError(
-            f"{place}: its projection is {tuple(projection.weight.shape)}, its denoiser and its image encoder need {wanted}"
-        )
+    wanted = tower.config.projection_dim + 4, unet.config.cross_attention_dim
+    projection, pose, any_background = _read_projection(folder, place, source.name, wanted)
     mean, std = _normalisation(folder)
     levels, looks = noise_levels(scheduler, place), (mean.to(device), std.to(device))
     return Parts(unet, vae, levels, tower, projection.to(device), pose, any_background, *looks)
@@ -146,7 +143,7 @@ def write_view_model(
     vae: nn.Module,
     scheduler,
     tower: nn.Module,
-    projection: nn.Linear,
+    projection: nn.Module,
     pose: str = "radius",
     mean: Sequence[float] = _MEAN,
     std: Sequence[float] = _STD,
@@ -162,7 +159,8 @@ def write_view_model(
             part.save_pretrained(folder / name)
     weights = {f"projection.{name}": value.contiguous() for name, value in projection.state_dict().items()}
     save_file(weights, home / "diffusion_pytorch_model.safetensors")
-    shape = {"in_channel": projection.in_features, "out_channel": projection.out_features}
+    layers = [layer for layer in projection.modules() if isinstance(layer, nn.Linear)]
+    shape = {"in_channel": layers[0].in_features, "out_channel": layers[-1].out_features}
     size = tower.config.image_size
     processor = {
         "image_processor_type": "CLIPImageProcessor",
@@ -201,8 +199,9 @@ def _projection_file(folder: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _read_projection(folder: Path, place: str, name: str) -> tuple[nn.Linear, str, bool]:
-    """The layer; what the fourth number of its pose is, as its config.json says (`pose`), else by the model's name; `any_background`."""
+def _read_projection(folder: Path, place: str, name: str, wanted: tuple[int, int]) -> tuple[nn.Sequential, str, bool]:
+    """The layers, SiLU between them; what the fourth number of the pose is, as its config.json says (`pose`), else by the model's name;
+    `any_background`. wanted: numbers in and out."""
     file = _projection_file(folder)
     config = read_json(file.parent / "config.json") if (file.parent / "config.json").is_file() else {}
     pose = config.get("pose") or ("polar" if "stable" in name.lower() else "radius")
@@ -213,15 +212,23 @@ def _read_projection(folder: Path, place: str, name: str) -> tuple[nn.Linear, st
             weights = load_file(file)
         else:
             weights = torch.load(file, map_location="cpu", weights_only=True)
-        (weight,) = (value for key, value in weights.items() if key.endswith("weight"))
-        (bias,) = (value for key, value in weights.items() if key.endswith("bias"))
-        layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])
-        layer.load_state_dict({"weight": weight.float(), "bias": bias.float()})
+        layers: list[nn.Module] = []
+        for key in sorted(key for key in weights if key.endswith("weight")):
+            weight, bias = weights[key].float(), weights[key.removesuffix("weight") + "bias"].float()
+            layers += [nn.SiLU()] * bool(layers) + [nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])]
+            layers[-1].load_state_dict({"weight": weight, "bias": bias})
+        wide = layers[0].in_features, layers[-1].out_features
+        projection = nn.Sequential(*layers).requires_grad_(False)
     except Exception as error:
-        raise UserError(f"{place}: {file.parent.name} is not one linear layer ({_first_line(error)})") from error
+        raise UserError(f"{place}: {file.parent.name} is not made of linear layers ({_first_line(error)})") from error
     if pose not in POSES:
         raise UserError(f"{place}: its {file.parent.name}/config.json says pose {pose!r}; known are {', '.join(POSES)}")
-    return layer.requires_grad_(False), pose, bool(config.get("any_background"))
+    if wide != wanted:
+        raise UserError(
+            f"{place}: its {file.parent.name} makes {wide[1]} numbers of {wide[0]}, but its image encoder and its denoiser need "
+            f"{wanted[1]} of {wanted[0]}"
+        )
+    return projection, pose, bool(config.get("any_background"))
 
 
 def _normalisation(folder: Path) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:

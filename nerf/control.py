@@ -31,7 +31,8 @@ MOVING = 0.035  # seconds that a picture may take while the camera moves
 WATCHING = 0.2  # the same while the scene trains
 BURST = 0.25  # seconds of training between two looks at what is wanted
 REST = 0.3  # seconds after the last movement until the full picture is made and training goes on
-SMALLEST = 0.2  # share of the width and height, and of the samples along a ray, that a quick picture has at least
+SMALLEST = 0.2  # share of the width and height, and of the samples along a ray, that a quick picture has at least,
+ENOUGH = 48  # unless it has so many pixels along its shorter edge
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,8 @@ class Control:
         taken = time.monotonic() - began
         if quick and not 0.8 < taken / limit < 1.2:
             factor = min(max((limit / max(taken, 1e-6)) ** (1 / 3), 0.6), 1.3)  # as if both pixels and samples counted
-            self._scales[limit] = min(max(scale * factor, SMALLEST), 1.0)
+            least = min(SMALLEST, ENOUGH / min(look.height, look.width))
+            self._scales[limit] = min(max(scale * factor, least), 1.0)
         self._sharp = (self._sharp if still else 0) + 1 if limit is None else 0
         self._sum = self._sum + picture if still else picture
         shown = media.pixels(_sized(self._sum / max(self._sharp, 1), look.height, look.width))

@@ -57,7 +57,7 @@ class Panel:
 
     def _build_training(self) -> None:
         dpg, control, opt = self.dpg, self.control, self.opt
-        with dpg.collapsing_header(label="Train", default_open=True):
+        with dpg.collapsing_header(label="Train and export" if control.can_train else "Export", default_open=True):
             with dpg.group(horizontal=True):
                 self._button = dpg.add_button(label="start", width=70, callback=lambda: control.toggle())
                 self._restart = dpg.add_button(label="restart")
@@ -204,17 +204,19 @@ class Panel:
         """Bring words, curve and inputs up to date."""
         dpg, control, frame = self.dpg, self.control, self.control.frame
         step, numbers = control.trainer.step, control.numbers
-        lines = [f"step {step} of {self.opt.iters}", "", ""]
-        if control.training:
-            lines[0] += f", {control.speed:.1f} steps/s"
-        elif control.can_train:
-            lines[0] += ", paused"
+        words = "" if control.can_train else "only shown"
+        if control.can_train:
+            words = f"{control.speed:.1f} steps/s" if control.training else "paused"
+        lines = [f"step {step} of {self.opt.iters}, {words}", "", ""]
         if "loss/total" in numbers:
             lines[1] = f"loss {numbers['loss/total']:.4g}, learning rate {numbers.get('lr', 0.0):.3g}"
         if frame is not None:
             height, width = frame.picture.shape[:2]
-            lines[2] = f"picture of {width} x {height} pixels in {1000 * frame.seconds:.0f} ms, "
-            lines[2] += f"{100 * frame.scale:.0f} % fine" if frame.scale < 1 else f"{frame.samples} in one"
+            lines[2] = f"picture: {1000 * frame.seconds:.0f} ms, {width} x {height} pixels"
+            if frame.scale < 1:
+                lines[2] += f", drawn with {max(8, round(width * frame.scale))} x {max(8, round(height * frame.scale))}"
+            elif frame.samples > 1:
+                lines[2] += f", mean of {frame.samples}"
         for item, line in zip(self._status, lines, strict=True):
             dpg.set_value(item, line)
         dpg.set_item_label(self._button, "pause" if control.training else "train")

@@ -369,6 +369,8 @@ class Page:
         if self._mesh is not None and self._mesh.visible != box.value:
             self._mesh.visible = box.value
             self._look_at_both(box.value)
+            if self._shown is not None:  # with distances, or without
+                self._send(self._shown)
 
     def _load_mesh(self, found: tuple[Path, int]) -> None:
         import trimesh

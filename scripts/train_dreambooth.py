@@ -5,7 +5,7 @@
     python main.py --lora my_teddy/full --text "a sks teddy" -O
 
 Options are named as in diffusers' DreamBooth scripts. The same command again goes on where a stopped one was; what is complete is not
-done again. With the model that comes with this program, defaults come from configs/embedded-dreambooth.yaml.
+done again. With the model that comes with this program, defaults come from configs/dreambooth/embedded.yaml.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from flags import Flag, convert  # noqa: E402
 from layers import CONFIGS, suggest  # noqa: E402
 from options import Parser  # noqa: E402
 
-EMBEDDED = CONFIGS / "embedded-dreambooth.yaml"
+EMBEDDED = CONFIGS / "dreambooth" / "embedded.yaml"
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 VERSIONS = ("embedded", "1.5", "2.0", "2.1", "xl")
 REQUIRED = ("instance_data_dir", "instance_prompt", "output_dir")
@@ -85,7 +85,7 @@ FLAGS = {flag.name: flag for group in GROUPS.values() for flag in group}
 
 
 def read_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """default < configs/embedded-dreambooth.yaml (with the embedded model) < typed. Raises UserError for what makes no sense."""
+    """default < configs/dreambooth/embedded.yaml (with the embedded model) < typed. Raises UserError for what makes no sense."""
     typed, unknown = parser().parse_known_args(argv)
     if unknown:
         switches = [f"--no_{flag.name}" for flag in FLAGS.values() if flag.kind == "flag"]
@@ -116,7 +116,7 @@ def embedded(typed: argparse.Namespace) -> dict[str, Any]:
 
 def parser() -> Parser:
     """--help in groups, with units, ranges and defaults."""
-    from options import _add
+    from options import add_flag
 
     result = Parser(
         description=__doc__,
@@ -127,7 +127,7 @@ def parser() -> Parser:
     for title, group in GROUPS.items():
         section = result.add_argument_group(title)
         for flag in group:
-            _add(section, flag)
+            add_flag(section, flag)
     return result
 
 
@@ -135,9 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Personalise; returns the exit status."""
     try:
         options = read_options(argv)
-        from guidance.dreambooth import run, tell
+        from dreambooth import run, tell
+        from toybox.sheet import labelled_sheet
 
-        tell(run(options), options)
+        tell(run(options, labelled_sheet), options)
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         return 2

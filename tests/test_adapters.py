@@ -159,7 +159,8 @@ def test_vsd_learns_on_top_of_a_lora_that_stays_on(folders, tmp_path):
     generator = torch.Generator().manual_seed(1)
     noisy, told = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 17, 16, generator=generator)
     t = torch.tensor([100, 700])
-    assert torch.equal(answer(prior), with_lora)
+    torch.testing.assert_close(answer(prior), with_lora)
+    with_lora = answer(prior)  # no longer one sum of weights: other roundings
     torch.testing.assert_close(adaptation.predict(noisy, t, told, {}), prior.predict(noisy, t, told))  # no effect yet
     for _ in range(3):
         adaptation.learn(noisy, told, {})

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from errors import UserError
-from guidance.clip import EMBEDDED, LARGE, Clip, build_clip
+from guidance.clip import EMBEDDED, LARGE, Clip, PictureOpinion, build_clip, build_picture_opinion
+from guidance.several import Several
 from guidance.views import WORDS, view_weights
+from options import parse
+from schedule import Schedule
 from toybox.objects import OBJECTS
 from toybox.render import compose, orbit_cameras, trace
 
@@ -171,3 +174,94 @@ def test_a_network_that_lacks_weights_is_refused(tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="is not a CLIPModel: it has no weights visual_projection.weight"):
         Clip(folder)
+
+
+# -- photographs -------------------------------------------------------------------------------------------------------------
+
+
+def known(kind, azimuth):
+    """A known picture of an object, as a prior is shown it."""
+    return SimpleNamespace(picture=render(kind, azimuth)[0].permute(2, 0, 1), azimuth=azimuth)
+
+
+def test_a_view_is_compared_with_the_nearest_picture_and_counts_less_the_farther_it_is(clip):
+    """L = -lambda mean_b (1 - |a_b - a| / 180) <f_b, f>."""
+    opinion = PictureOpinion(clip, [known("teddy", 0.0).picture, known("teddy", 170.0).picture], [0.0, 170.0], 10.0)
+    azimuth = torch.tensor([0.0, 45.0, -100.0, 180.0, -170.0])
+    place, share = opinion.nearest(azimuth)
+    assert place.tolist() == [0, 0, 1, 1, 1]  # -100 is 90 degrees from 170
+    torch.testing.assert_close(share, 1 - torch.tensor([0.0, 45.0, 90.0, 10.0, 20.0]) / 180)
+    image = torch.cat([render("chair", float(a)) for a in azimuth])
+    loss, log = opinion(image, torch.full((5,), 75.0), azimuth, 0)
+    pictures = torch.cat([render("teddy", 0.0), render("teddy", 170.0)])
+    cosines = (clip.embed_images(image) * clip.embed_images(pictures)[place]).sum(-1)
+    torch.testing.assert_close(loss, -10 * (share * cosines).mean())
+    torch.testing.assert_close(log["clip"], loss / 10)
+
+
+def test_it_pulls_a_view_towards_the_object_of_the_picture(clip):
+    opinion = PictureOpinion(clip, [known("hamburger", 0.0).picture], [0.0], 1.0)
+    where = torch.full((1,), 75.0), torch.zeros(1)
+    losses = {kind: float(opinion(render(kind, 0.0), *where, 0)[0]) for kind in ("hamburger", "chair", "rocket")}
+    assert losses["hamburger"] == pytest.approx(-1, abs=0.02) and min(losses, key=losses.get) == "hamburger"
+    image = render("chair", 0.0).requires_grad_()
+    loss = opinion(image, *where, 0)[0]
+    loss.backward()
+    assert opinion(image.detach() - 0.02 * image.grad.sign(), *where, 0)[0] < loss - 0.05
+    behind = render("chair", 180.0).requires_grad_()
+    opinion(behind, where[0], torch.full((1,), 180.0), 0)[0].backward()
+    assert behind.grad.abs().max() < 1e-6  # the picture says nothing about what is behind
+
+
+def test_it_is_a_guidance_among_others(clip):
+    """Weights by step, nothing to say of latents, nothing to save; what it shows is the view beside its picture."""
+    opinion = PictureOpinion(clip, [known("teddy", 0.0).picture], [0.0], Schedule([0, 0, 1, 10]))
+    image, where = render("chair", 0.0), (torch.full((1,), 75.0), torch.zeros(1))
+    assert opinion(image, *where, 0)[0] == 0 and opinion(image, *where, 10, unit_range=True, hints={})[0] < 0
+    assert opinion(torch.rand(1, 8, 8, 4), *where, 10, as_latent=True) == (0, {})
+    opinion.follow(SimpleNamespace(lambda_clip=0.0))
+    assert opinion(image, *where, 10)[0] == 0
+    both = Several({"one": opinion, "picture": opinion})
+    assert both.wants == () and both.state() == {"one": {}, "picture": {}}
+    both.load_state(both.state())
+    shown = both.debug_images(image, *where, 0)
+    assert shown.shape == (2, 64, 128, 3)
+    torch.testing.assert_close(shown[0, 32, 64:], opinion._sized(render("teddy", 0.0), 64)[0, 32])
+    with pytest.raises(ValueError, match="no picture"):
+        PictureOpinion(clip, [], [], 1.0)
+
+
+def test_photographs_and_lambda_clip_bring_it(options, tmp_path, monkeypatch):
+    """One reading of the CLIP for prompt and picture; without a prompt it is there as well; without --lambda_clip it is not."""
+    from PIL import Image
+
+    from main import build_guidances
+    from nerf.photos import load_references
+
+    layers = torch.cat([render("teddy", 0.0, 64)[0], torch.ones(64, 64, 1)], -1)
+    layers[:8, :, 3] = 0
+    Image.fromarray((255 * layers).byte().numpy()).save(tmp_path / "x_rgba.png")
+    typed = ("--image", tmp_path / "x_rgba.png", "--text", "a teddy", "--lambda_zero123", 0)
+    opt = options(*typed, "--lambda_clip", 10)
+    both = build_guidances(opt, "cpu", load_references(opt))
+    assert list(both.parts) == ["text", "picture"] and both.parts["picture"].clip is both.parts["text"].clip.clip
+    assert both.parts["picture"].azimuths.tolist() == [0] and len(both.parts["picture"].pictures) == 1
+    image, where = torch.rand(1, 16, 16, 3), (torch.full((1,), 75.0), torch.zeros(1))
+    loss, log = both(image, *where, 0)
+    assert torch.isfinite(loss) and {"grad_norm", "clip", "picture_clip"} <= {*log}
+    assert not hasattr(build_guidances(options(*typed), "cpu", load_references(opt)), "parts")
+    alone = parse(["--image", str(typed[1]), "--lambda_zero123", "0", "--lambda_clip", "10", "--device", "cpu"])
+    assert isinstance(build_guidances(alone, "cpu", load_references(alone)), PictureOpinion)
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"), [({}, EMBEDDED), ({"zero123": "a/b"}, LARGE), ({"clip_model": "c/d"}, "c/d")]
+)
+def test_which_model_compares_pictures_without_a_prompt(values, wanted, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Clip, "__init__", lambda self, model, *rest: asked.append(model))
+    monkeypatch.setattr(PictureOpinion, "__init__", lambda self, *rest: None)
+    build_picture_opinion(
+        SimpleNamespace(**{"zero123": None, "clip_model": None, "lambda_clip": 1} | values), [], "cpu"
+    )
+    assert asked == [wanted]

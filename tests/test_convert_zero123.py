@@ -209,7 +209,7 @@ def test_it_becomes_a_folder_that_the_prior_reads(convert, original):
         (unet["mid_block.attentions.0.proj_in.weight"], "model.diffusion_model.middle_block.1.proj_in.weight"),
         (vae["encoder.down_blocks.1.resnets.0.conv1.weight"], "first_stage_model.encoder.down.1.block.0.conv1.weight"),
         (vae["decoder.up_blocks.0.resnets.1.conv2.weight"], "first_stage_model.decoder.up.1.block.1.conv2.weight"),
-        (parts.projection.weight, "cc_projection.weight"),
+        (parts.projection[0].weight, "cc_projection.weight"),
     ):  # fmt: skip
         assert torch.equal(ours, original[theirs])
 

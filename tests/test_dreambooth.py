@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import Folders
 
+from dreambooth import read_snapshots, taught
 from errors import UserError
 from guidance.adapters import WEIGHTS
 from guidance.draw import likeliest
-from guidance.dreambooth import read_snapshots, taught
 from guidance.personalize import CHECKPOINT
 from guidance.priors import load_prior, text_encoder
 from guidance.weights import resolve
@@ -105,10 +105,27 @@ def test_the_script_from_photographs_to_adapters(typed, tmp_path, capsys):
     out = tmp_path / "out"
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} - {".lock"}
     assert names == {f"partial/{WEIGHTS}", f"full/{WEIGHTS}", "class/0000.png", "class/0001.png", "samples.png"}
-    assert f'main.py --lora {out / "full"} --text "a red chair"' in capsys.readouterr().err
+    assert f'--lora {out / "full"} --text "a red chair"' in capsys.readouterr().err
     before = (out / "full" / WEIGHTS).read_bytes()
     assert script.main([*typed, "--ckpt", "scratch"]) == 0 and (out / "full" / WEIGHTS).read_bytes() == before
-    assert script.main([*typed, "--seed", "1"]) == 2 or (out / "full" / WEIGHTS).read_bytes() != before
+    assert (
+        script.main([*typed, "--seed", "1"]) == 2 and "of other pictures, texts or settings" in capsys.readouterr().err
+    )
+    assert (
+        script.main([*typed, "--seed", "1", "--ckpt", "scratch"]) == 0
+        and (out / "full" / WEIGHTS).read_bytes() != before
+    )
+
+
+def test_view_words_are_found_once(typed, tmp_path, monkeypatch, capsys):
+    import dreambooth
+
+    views = ["--instance_views", "4", "--num_validation_images", "0"]
+    assert script.main([*typed, *views]) == 0 and '0.png: "a red chair, ' in capsys.readouterr().err
+    stamp = (tmp_path / "out" / "full" / WEIGHTS).stat().st_mtime_ns
+    monkeypatch.setattr(dreambooth, "likeliest", None)
+    assert script.main([*typed, *views]) == 0
+    assert (tmp_path / "out" / "full" / WEIGHTS).stat().st_mtime_ns == stamp
 
 
 def test_a_killed_script_ends_the_same(typed, tmp_path):

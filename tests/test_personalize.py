@@ -9,9 +9,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import Folders
 
+from dreambooth import class_pictures, find_pictures, read_pictures
 from errors import UserError
 from guidance.adapters import WEIGHTS, record_of
-from guidance.draw import class_pictures, draw, find_pictures, read_pictures
+from guidance.draw import draw
 from guidance.lora import from_epsilon
 from guidance.personalize import CHECKPOINT, Examples, Recipe, personalize, posterior, weighted_loss
 from guidance.priors import load_prior, text_encoder
@@ -181,6 +182,8 @@ def test_what_is_complete_is_not_done_again_and_other_settings_are_refused(folde
     assert not (out / CHECKPOINT).exists()
     monkeypatch.setattr(module._Student, "step", None)
     assert learn(folders["eps-kl"], out) == done  # nothing was learnt
+    other = Recipe(**{**vars(SHORT), "seed": 7})
+    assert "--ckpt scratch" in refused(learn, folders["eps-kl"], out, other)
 
 
 class Stop(Exception):

@@ -4,8 +4,10 @@ from functools import cache
 
 import pytest
 import yaml
-from systems import NAMES, PUBLISHED, STAGES
+from systems import ALSO, NAMES, PUBLISHED, STAGES, WORDLESS, shown
+from systems_photos import FROM_PHOTOS
 
+from errors import UserError
 from flags import FLAGS
 from guidance.weights import EMBEDDED, EMBEDDED_IF, resolve
 from optimizer import rate_factors
@@ -13,13 +15,13 @@ from options import CONFIGS, parse
 from schedule import Schedule
 
 FOLDER = CONFIGS / "systems"
-LATER = {name for stages in STAGES.values() for name in stages[1:]}
+CHAINS = {**STAGES, **{f"{script} {how}": stages for (script, how), stages in ALSO.items()}}
+LATER = {name for stages in CHAINS.values() for name in stages[1:]}
 
 
 @cache
 def read(name, *typed):
-    guide = ["--guide_shape", "chair.obj"] if name.startswith("sketchshape") else []
-    return parse(["--config", f"configs/systems/{name}.yaml", "--text", "a red chair", *guide, *typed])
+    return parse(["--config", f"configs/systems/{name}.yaml", *shown(name), *typed])
 
 
 # ---- published ----------------------------------------------------------------------------------------------------------
@@ -55,12 +57,12 @@ def test_the_published_values_are_in_force(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_progressive_bands_open_when_they_should(name):
-    """threestudio: level 8 at first, from step 2000 on one more every 500 steps."""
+    """threestudio: level 8 at first, from step 2000 on one more every 500 steps (Magic123: 300)."""
     if PUBLISHED[name].get("max_level", 1) == 1:
         return
-    share = read(name).max_level
-    for step in (0, 1999, 2400, 2600, 2999, 3300, 4700, 5999, 6100, 9999):
-        published = min(8 + max(step - 2000, 0) // 500, 16)
+    share, every = read(name).max_level, 300 if name.startswith("magic123") else 500
+    for step in (0, 1999, 2250, 2400, 2650, 2850, 3350, 3950, 4250, 4350, 4750, 5999, 6100, 9999):
+        published = min(8 + max(step - 2000, 0) // every, 16)
         assert -(-share(step) * 16 // 1) == published, step  # the grid rounds up
 
 
@@ -77,7 +79,8 @@ def test_the_embedded_model_gets_values_of_its_own(name):
     assert resolve(opt).path_or_id == str(EMBEDDED_IF if published.IF else EMBEDDED)
     assert opt.distill == published.distill and opt.dmtet == published.dmtet and opt.lock_geo == published.lock_geo
     assert opt.iters <= 800 and max(opt.w, opt.h) <= 64 and opt.batch_size == 1
-    assert opt.guidance_scale.max() <= 10 and opt.lambda_guidance(0) == 1
+    assert opt.guidance_scale.max() <= 10 and opt.lambda_guidance.max() == (0.5 if "magic123" in name else 1)
+    assert (opt.zero123, opt.clip_model) == (None, None)
     assert (opt.bound, opt.jitter_pose, opt.latent_iter_ratio) == (1, False, 0)
     assert opt.radius_range == (3.1, 3.3) and opt.theta_range == (15, 100) and opt.fovy_range == (30, 30)
     assert opt.train_shading == "auto"  # it has seen no normals
@@ -96,21 +99,46 @@ def test_the_embedded_model_gets_values_of_its_own(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_big_model_of_ones_own_takes_the_place_of_the_published_one(name):
-    opt = read(name, "--hf_key", "some/model")
-    assert opt.hf_key == "some/model" and opt.iters == PUBLISHED[name]["iters"]
+    flag = "zero123" if name in WORDLESS else "hf_key"
+    opt = read(name, f"--{flag}", "some/model")
+    assert getattr(opt, flag) == "some/model" and opt.iters == PUBLISHED[name]["iters"]
+
+
+def test_one_of_two_priors_may_be_embedded():
+    """What is typed about one stays where the other is replaced."""
+    opt = read("magic123-coarse", "--sd_version", "embedded", "--zero123", "some/model")
+    assert (opt.sd_version, opt.zero123) == ("embedded", "some/model")
+    opt = read("zero123", "--sd_version", "embedded", "--zero123", "some/model")
+    assert opt.zero123 == "some/model" and opt.iters == PUBLISHED["zero123"]["iters"]
+
+
+@pytest.mark.parametrize("name", FROM_PHOTOS)
+def test_a_system_of_photographs_wants_one_and_its_prompt(name):
+    """One line, not a run that never looks at a picture; for --test the finished run is enough."""
+    system = ["--config", f"configs/systems/{name}.yaml"]
+    for typed in ([], ["--text", "a red chair"]):
+        with pytest.raises(UserError, match="starts from photographs; give --image, --image_config or --photos"):
+            parse([*system, *typed])
+    if name in WORDLESS:
+        assert parse([*system, "--image", "mug.png", "--text", "a mug"]).text == "a mug"
+    else:
+        with pytest.raises(UserError, match="wants a prompt beside the photographs; give --text"):
+            parse([*system, "--image", "mug.png"])
 
 
 @pytest.mark.parametrize("typed", [(), ("--sd_version", "embedded")])
-@pytest.mark.parametrize("script", STAGES)
+@pytest.mark.parametrize("script", CHAINS)
 def test_a_later_stage_goes_on_with_the_scene_of_the_one_before(script, typed, tmp_path):
     earlier, before = None, ()
-    for name in STAGES[script]:
+    for name in CHAINS[script]:
         opt = read(name, *typed, *before)
         workspace = tmp_path / name
         opt.save(workspace / "config.yaml")
         if earlier is not None:
             for flag in ("bound", "num_levels", "log2_hashmap_size", "desired_resolution", "hidden_dim", "mlp_layers"):
                 assert getattr(opt, flag) == getattr(earlier, flag), flag
+            for flag in ("default_polar", "default_azimuth", "default_radius", "default_fovy"):  # the picture's place
+                assert name not in FROM_PHOTOS or getattr(opt, flag) == getattr(earlier, flag), flag
             alone = read(name, *typed)
             for flag in ("latent", "material", "lock_geo", "dmtet", "tet_grid_size"):
                 assert getattr(opt, flag) == getattr(alone, flag), flag
@@ -123,4 +151,4 @@ def test_files_say_what_differs_and_nothing_twice():
         section = content.pop("embedded", {})
         structure = {"bound", "num_levels", "desired_resolution", "hidden_dim", "mlp_layers", "backbone"}
         assert name not in LATER or not structure & {*content, *section}, name  # those are the earlier run's
-        assert "init_with" not in content and "guide_shape" not in content
+        assert not {"init_with", "guide_shape", "image", "image_config", "photos", "text"} & {*content}

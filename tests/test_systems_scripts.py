@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from systems import NAMES, STAGES
+from systems import ALSO, NAMES, STAGES
 
 from options import ROOT, parse
 
@@ -46,30 +46,80 @@ def house(tmp_path):
         return done.returncode, made, done.stderr
 
     run.folder = tmp_path
+    for name in ("my mug.png", "views.csv", "other.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "photos").mkdir()
     return run
 
 
 def after(call, flag):
-    return call[call.index(flag) + 1]
+    return call[call.index(flag) + 1] if flag in call else None
+
+
+IMAGE = {"zero123.sh": ["my mug.png"], "magic123.sh": ["my mug.png"], "image.sh": ["my mug.png"]}
+SHOWN = {  # script -> the words before its folder
+    script: IMAGE.get(script, []) + (["a red chair"] if script != "zero123.sh" else []) for script in STAGES
+}
+
+
+def runs_once(house, script, words, stages):
+    """Each stage from the one before, with the flags; the same command again does nothing, another subject is refused."""
+    more = ["--guide_shape", "my shape.obj", "--sd_version", "embedded"]
+    status, calls, _ = house(script, *words, "made/", *more)
+    assert status == 0
+    assert [Path(after(call, "--config")).stem for call in calls] == stages
+    assert all((ROOT / after(call, "--config")).is_file() for call in calls)
+    assert [after(call, "--workspace") for call in calls] == [f"made/{name}" for name in stages]
+    starts = [after(call, "--init_with") for call in calls]
+    assert starts == [None, *(f"made/{name}" for name in stages[:-1])]
+    assert ["--save_mesh" in call for call in calls] == [False] * (len(calls) - 1) + [True]
+    assert all(call[-4:] == more for call in calls)
+    for call in calls:
+        parse([*call[1:], "--workspace", str(house.folder / "none")])
+    assert house(script, *words, "made", *more)[:2] == (0, [])
+    status, again, line = house(
+        script, *words[:-1], "other.png" if words == ["my mug.png"] else "another", "made", *more
+    )
+    assert (status, again) == (2, []) and f'made is of "{": ".join(words)}"' in line
+    return calls
 
 
 @pytest.mark.parametrize("script", STAGES)
 def test_a_script_runs_the_stages_one_after_the_other_and_only_once(script, house):
-    more = ["--guide_shape", "my shape.obj", "--sd_version", "embedded"]
-    status, calls, _ = house(script, "a red chair", "made/", *more)
-    assert status == 0
-    assert [Path(after(call, "--config")).stem for call in calls] == STAGES[script]
-    assert all((ROOT / after(call, "--config")).is_file() for call in calls)
-    assert [after(call, "--workspace") for call in calls] == [f"made/{name}" for name in STAGES[script]]
-    starts = [after(call, "--init_with") if "--init_with" in call else None for call in calls]
-    assert starts == [None, *(f"made/{name}" for name in STAGES[script][:-1])]
-    assert ["--save_mesh" in call for call in calls] == [False] * (len(calls) - 1) + [True]
-    assert all(call[-4:] == more and after(call, "--text") == "a red chair" for call in calls)
-    for call in calls:
-        parse([*call[1:], "--workspace", str(house.folder / "none")])
-    assert house(script, "a red chair", "made", *more)[:2] == (0, [])
-    status, calls, line = house(script, "a blue chair", "made", *more)
-    assert (status, calls) == (2, []) and "a red chair" in line
+    words = SHOWN[script]
+    for call in runs_once(house, script, words, STAGES[script]):
+        assert after(call, "--text") == ("a red chair" if "a red chair" in words else None)
+        assert after(call, "--image") == ("my mug.png" if script in IMAGE else None)
+
+
+def test_a_script_begins_otherwise_where_it_is_told_so(house, monkeypatch):
+    (stable,), (alone,) = (
+        [stages for (script, _), stages in ALSO.items() if script == s] for s in ("zero123.sh", "image.sh")
+    )
+    assert not any(after(call, "--text") for call in runs_once(house, "image.sh", ["my mug.png"], alone))
+    monkeypatch.setenv("PRIOR", "stable")
+    _, calls, _ = house("zero123.sh", "my mug.png", "stable")
+    assert [Path(after(call, "--config")).stem for call in calls] == stable
+    monkeypatch.setenv("PRIOR", "if")
+    assert house("zero123.sh", "my mug.png", "other")[:2] == (2, [])
+
+
+@pytest.mark.parametrize(
+    ("shown", "flag"), [("my mug.png", "image"), ("views.csv", "image_config"), ("photos", "photos")]
+)
+def test_a_script_is_shown_a_picture_a_list_or_a_folder(shown, flag, house):
+    _, calls, _ = house("magic123.sh", shown, "a mug", "made")
+    assert [after(call, f"--{flag}") for call in calls] == [shown, shown]
+    assert [sum(word in ("--image", "--image_config", "--photos") for word in call) for call in calls] == [1, 1]
+
+
+@pytest.mark.parametrize("script", IMAGE)
+def test_a_script_says_in_one_line_what_is_wrong_with_its_picture(script, house):
+    words = SHOWN[script][1:]
+    for args in (("no.png", *words, "made"), ("my mug.png", *words, "made", "--image", "other.png"), ("my mug.png",)):
+        status, calls, line = house(script, *args)
+        assert status == 2 and not calls and line.startswith("error: ") and line.count("\n") == 1
+    assert "no.png: no such picture" in house(script, "no.png", *words, "made")[2]
 
 
 def test_a_stopped_stage_goes_on_and_the_next_one_waits(house):
@@ -86,7 +136,10 @@ def test_a_stopped_stage_goes_on_and_the_next_one_waits(house):
 
 @pytest.mark.parametrize("script", STAGES)
 def test_a_script_refuses_what_it_cannot_do_and_explains_itself(script, house):
-    for args in ((), ("a chair",), ("a chair", "--sd_version"), ("a chair", "made", "--guide_shape", "x", "--text=b")):
+    words = SHOWN[script]
+    for args in ((), words[:1], (*words, "--sd_version"), (*words, "made", "--guide_shape", "x", "--text=b")):
+        if script == "image.sh" and args == (*words, "--sd_version"):
+            continue  # without a prompt this is a picture and a folder
         status, calls, line = house(script, *args)
         assert status == 2 and not calls and line.startswith("error: ") and line.count("\n") == 1
     assert not (house.folder / "made").exists()
@@ -124,7 +177,8 @@ def test_the_documented_commands_are_understood(tmp_path, monkeypatch):
         program, *words = command
         assert (ROOT / program).is_file(), command
         if program == "main.py" and "--test" not in words and not any("lib:" in word for word in words):
-            parse([*words, *([] if "--text" in words else ["--text", "x"])])
+            shown = {"--text", "--image", "--image_config", "--photos"} & {*words}
+            parse([*words, *([] if shown else ["--text", "x"])])
 
 
 def test_every_system_is_documented():

@@ -337,7 +337,7 @@ def unknown_pose(folder):
         (no_unet, "missing: unet/config.json"),
         (no_projection, "missing: cc_projection"),
         (four_channels, "takes 4 channels"),
-        (other_projection, r"\(24, 7\)"),
+        (other_projection, "24 numbers of 7"),
         (broken_weights, "cannot be read"),
         (unknown_pose, "pose 'roll'"),
     ),
@@ -362,9 +362,9 @@ def test_other_layouts_of_the_projection_are_read(folders, tmp_path):
         shutil.rmtree(folder / "cc_projection")
 
     folder = spoil(folders["kl"], tmp_path, rename)
-    expected = read_view_model(view_source(str(folders["kl"])), "cpu").projection.weight
+    expected = read_view_model(view_source(str(folders["kl"])), "cpu").projection[0].weight
     parts = read_view_model(view_source(str(folder)), "cpu")
-    assert torch.equal(parts.projection.weight, expected) and parts.pose == "radius"
+    assert torch.equal(parts.projection[0].weight, expected) and parts.pose == "radius"
     stable = folder.rename(tmp_path / "Stable-Zero123-diffusers")
     assert read_view_model(view_source(str(stable)), "cpu").pose == "polar"
 

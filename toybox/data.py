@@ -73,9 +73,10 @@ def load(per_kind: int = 1000, seed: int = 0) -> Pictures:
 
 
 def paint(
-    pictures: Pictures, index: Int[Tensor, "B"], color: Int[Tensor, "B"], generator: torch.Generator
+    pictures: Pictures, index: Int[Tensor, "B"], color: Int[Tensor, "B"], generator: torch.Generator, white: float = 0.0
 ) -> Float[Tensor, "B 3 64 64"]:
-    """Pictures [0, 1] with a palette color each (slightly varied) on plain backgrounds, six in ten of them colored."""
+    """Pictures [0, 1] with a palette color each (slightly varied) on plain backgrounds: this share of them white, of the others six in ten
+    colored."""
     palette = torch.tensor(list(COLORS.values()))
     natural = torch.tensor([OBJECTS[kind].default for kind in KINDS])
     count = len(index)
@@ -84,6 +85,8 @@ def paint(
     background = torch.rand(count, 3, generator=generator)
     grey = torch.rand(count, 1, generator=generator) < 0.4
     background = torch.where(grey, background[:, :1], background)
+    if white > 0:
+        background = torch.where(torch.rand(count, 1, generator=generator) < white, 1.0, background)
     layer = pictures.fixed[index].permute(0, 3, 1, 2).float()
     layer += pictures.main[index].float()[:, None] * main[:, :, None, None]
     layer += (255 - pictures.alpha[index].float())[:, None] * background[:, :, None, None]

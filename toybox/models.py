@@ -76,6 +76,13 @@ def build_image_encoder() -> nn.Module:
     return CLIPVisionModelWithProjection(config)
 
 
+def build_projection() -> nn.Module:
+    """From the image embedding and the four numbers of the pose to the token. The published models have one layer and a large denoiser
+    that turns the object; here the turning needs a little depth."""
+    layers = (nn.Linear(WIDTH + 4, 3 * WIDTH), nn.SiLU(), nn.Linear(3 * WIDTH, 3 * WIDTH), nn.SiLU())
+    return nn.Sequential(*layers, nn.Linear(3 * WIDTH, WIDTH))
+
+
 def build_clip(folder: Path) -> nn.Module:
     """A small `CLIPModel` (pictures of 64x64 in patches of 8) for the tokenizer in `folder`."""
     from transformers import CLIPConfig, CLIPModel

@@ -1,7 +1,10 @@
 """Train tiny-zero123: the object of one picture as seen from another camera (Zero-1-to-3, Liu et al. 2023), starting from tiny-sd.
 
 The denoiser sees the reference picture's latents beside the noisy ones, and one token: the image embedding of the reference and the
-relative pose, projected. The image tower of tiny-clip, which was taught not to care for the view, is trained along.
+relative pose, projected. There are two legs. First the token alone is learned, without the denoiser: it shall say what tiny-sd's text would
+say of the same object as the camera sees it ("a red chair, back view"), so that the denoiser, which understands that already, turns things
+from the start. The image tower of tiny-clip, which was taught not to care for the view, is trained along. Then everything together, on
+pairs of pictures.
 """
 
 import json
@@ -12,17 +15,22 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, UInt8
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from guidance.views import WORDS, view_weights
+from guidance.weights import quiet
 from guidance.zero123 import relative_pose
 from toybox import data
-from toybox.denoiser import draw_times, parser
+from toybox.captions import CONTEXT, caption
+from toybox.denoiser import NATURAL, draw_times, parser
 from toybox.models import (
     MODELS,
     SIZE,
     WIDTH,
     build_autoencoder,
     build_image_encoder,
+    build_projection,
     build_scheduler,
     build_unet,
     save_view_pipeline,
@@ -107,8 +115,6 @@ def load(per_kind: int, vae: nn.Module, seed: int = 0) -> Scenes:
 
 def first_weights(model: nn.ModuleDict) -> None:
     """tiny-sd's denoiser, blind at first to the channels that are new to it, and tiny-clip's image tower."""
-    from safetensors.torch import load_file
-
     known = load_file(MODELS / "tiny-sd" / "unet" / "diffusion_pytorch_model.safetensors")
     known = {name: value.float() for name, value in known.items()}
     wide = torch.zeros_like(model["unet"].conv_in.weight)
@@ -117,19 +123,17 @@ def first_weights(model: nn.ModuleDict) -> None:
     seeing, tower = load_file(MODELS / "tiny-clip" / "model.safetensors"), model["image_encoder"]
     tower.load_state_dict({name: seeing[name].float() for name in tower.state_dict()})
     with torch.no_grad():
-        model["cc_projection"].weight[:, WIDTH:] *= 4  # the pose's numbers are small beside those of the embedding
+        model["cc_projection"][0].weight[:, WIDTH:] *= 4  # the pose's numbers are small beside those of the embedding
 
 
 def build() -> nn.ModuleDict:
-    """What is trained: denoiser, image tower, and the layer that makes a token of what it sees and of the pose."""
+    """What is trained: denoiser, image tower, and the layers that make a token of what it sees and of the pose."""
     parts = {"unet": build_unet(in_channels=8), "image_encoder": build_image_encoder()}
-    return nn.ModuleDict({**parts, "cc_projection": nn.Linear(WIDTH + 4, WIDTH)})
+    return nn.ModuleDict({**parts, "cc_projection": build_projection()})
 
 
 def tiny_autoencoder() -> nn.Module:
     """tiny-sd's autoencoder, frozen."""
-    from safetensors.torch import load_file
-
     vae, folder = build_autoencoder(), MODELS / "tiny-sd" / "vae"
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     vae.load_state_dict({name: value.float() for name, value in weights.items()})
@@ -146,9 +150,87 @@ def draw_pairs(scenes: Scenes, count: int, generator: torch.Generator) -> tuple[
     return scene, torch.where(front, 0, other), target
 
 
+class Teacher:
+    """What tiny-sd's text, pooled, says of an object from a camera: with it the time embedding of the denoiser is changed."""
+
+    def __init__(self) -> None:
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        folder, self.unet = MODELS / "tiny-sd", build_unet()
+        weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        self.unet.load_state_dict({name: value.float() for name, value in weights.items()})
+        with quiet():
+            encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+
+        def embed(texts: list[str]) -> Tensor:
+            tokens = tokenizer(texts, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
+            return encoder(tokens).last_hidden_state
+
+        with torch.no_grad():
+            self.null = self.unet.add_embedding(embed([""]))
+            self.known = torch.stack(  # kind, color, view words
+                [
+                    torch.stack(
+                        [embed([caption(kind, color or None, view) for view in WORDS[8]]) for color in data.PALETTE]
+                    )
+                    for kind in data.KINDS
+                ]
+            )
+
+    @torch.no_grad()
+    def __call__(self, kind: Tensor, color: Tensor, polar: Tensor, azimuth: Tensor) -> Float[Tensor, "B D"]:
+        """kind, color: indices as in data.py; angles in degrees."""
+        weights = view_weights(polar, azimuth, 8, True, data.ANGLE_OVERHEAD)
+        return self.unet.add_embedding(torch.einsum("bn,bnld->bld", weights, self.known[kind, color]))
+
+
+def teach(model: nn.ModuleDict, args, generator: torch.Generator) -> None:
+    """The first leg: tower, token and its pooling, until the denoiser's time embedding is what the text would have made it."""
+    teacher, pictures = Teacher(), data.load(seed=args.seed)
+    embedding, tower, projection = model["unet"].add_embedding, model["image_encoder"], model["cc_projection"]
+    trained = nn.ModuleList([embedding, tower, projection])
+    level = (pictures.polar > LEVEL[0]).nonzero()[:, 0]
+    ahead = level[pictures.azimuth[level].abs() < 20]
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    progress, start = Progress("the token", args.teach_steps), time.time()
+    for step in range(args.teach_steps):
+        ratio = step / args.teach_steps
+        fall = min(1.0, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * ratio)))
+        optimizer.param_groups[0]["lr"] = args.lr * fall
+        count = args.batch
+
+        def uniform(low: float, high: float) -> Tensor:
+            return low + (high - low) * torch.rand(count, generator=generator)  # noqa: B023 (called at once)
+
+        front = uniform(0, 1) < FRONT_SHARE
+        index = torch.where(
+            front, *(pool[torch.randint(len(pool), (count,), generator=generator)] for pool in (ahead, level))
+        )
+        color = torch.randint(1, len(data.PALETTE), (count,), generator=generator)
+        color[uniform(0, 1) < NATURAL] = 0
+        picture = data.paint(pictures, index, color, generator, WHITE)
+        polar, azimuth = uniform(*POLAR), uniform(-180, 180)
+        change = torch.stack([polar, azimuth, uniform(-0.2, 0.2)], -1)
+        here = torch.stack([pictures.polar[index], pictures.azimuth[index], torch.zeros(count)], -1)
+        told = uniform(0, 1) >= DROPPED
+        wanted = torch.where(told[:, None], teacher(pictures.kind[index], color, polar, azimuth), teacher.null)
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = tower((picture - MEAN) / SPREAD).image_embeds
+        token = projection(torch.cat([seen.float(), relative_pose(change, here)], 1)) * told[:, None]
+        value = (embedding(token[:, None]) - wanted).square().mean() / wanted.var(0).mean()
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        progress.update(value)
+    print(f"the token: {args.teach_steps} steps in {(time.time() - start) / 60:.1f} minutes", flush=True)
+
+
 def main() -> None:
     flags = parser(__doc__)
-    flags.set_defaults(per_kind=100, steps=5000)
+    flags.add_argument("--teach_steps", type=int, default=2500, help="of the first leg")
+    flags.set_defaults(per_kind=100, steps=5000, lr=7e-4)
     args = flags.parse_args()
 
     from diffusers.models.attention_processor import AttnProcessor
@@ -159,9 +241,11 @@ def main() -> None:
     vae = tiny_autoencoder()
     scenes, scaling = load(args.per_kind, vae, args.seed), vae.config.scaling_factor
     model = build()
-    first_weights(model)
     if args.resume:
         model.load_state_dict(load_state(args.resume)[0])
+    else:
+        first_weights(model)
+        teach(model, args, generator)
     model.to(device)
     unet, tower, projection = model["unet"], model["image_encoder"], model["cc_projection"]
     unet.set_attn_processor(AttnProcessor())  # at 16 tokens the fused attention's backward takes ten times as long
@@ -183,6 +267,8 @@ def main() -> None:
         fresh.load_state_dict(shadow)
         save_view_pipeline(args.out, *fresh.values(), deepcopy(vae))
 
+    if not args.resume:
+        keep(0)
     saved, step = time.time(), 0
     while (ratio := done(step)) < 1:
         fall = min(1.0, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * ratio)))
