@@ -2,6 +2,12 @@
 
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+MISTAKE = 2  # the exit status of a user's mistake
+INTERRUPTED = 130  # what a shell expects after Ctrl-C
 
 
 class UserError(Exception):
@@ -21,3 +27,26 @@ def say(text: str) -> None:
         print(f"somnium: {text}", file=sys.stderr, flush=True)
     except OSError:  # its terminal has gone, or it is a file on a full disk: a run does not end for that
         pass
+
+
+def status_of(work: Callable[[], int | None]) -> int:
+    """Do `work` and return the exit status of the program: what it returns (None: 0), 2 for a user's mistake, which is one line on stderr, 130
+    after Ctrl-C. A bug keeps its traceback."""
+    try:
+        return work() or 0
+    except UserError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or (ROOT / package).exists() or (ROOT / f"{package}.py").exists():
+            raise
+        return _complain(
+            f"the package {package} is not installed: run scripts/setup.sh, then start me with .venv/bin/python"
+        )
+
+
+def _complain(text: str) -> int:
+    print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    return MISTAKE

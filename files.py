@@ -52,6 +52,26 @@ def atomic(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def put_between(text: str, marks: tuple[str, str], content: str, place: str = "the file") -> str:
+    """The text with `content` between its two marks. Raises UserError if it has not exactly one of each, in order."""
+    begin, end = marks
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UserError(f'{place}: needs one line "{begin}" and below it one line "{end}", for the table to go between')
+    before, after = text.index(begin) + len(begin), text.index(end)
+    return f"{text[:before]}\n\n{content.strip()}\n\n{text[after:]}"
+
+
+def fill(path: Path, marks: tuple[str, str], content: str) -> None:
+    """Put `content` between the marks of a text file. UserError if it cannot be read or written, or has no such marks."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be read ({error.strerror})") from None
+    whole = put_between(text, marks, content, f"--out {path}")
+    with atomic(path) as beside:
+        beside.write_text(whole, encoding="utf-8")
+
+
 def is_mesh_file(path: str | None) -> bool:
     """Whether this is the name of a mesh file, by its ending."""
     return path is not None and path.lower().endswith((".obj", ".ply", ".glb", ".gltf", ".stl", ".off"))

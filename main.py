@@ -8,31 +8,17 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
-INTERRUPTED = 130  # the exit status that a shell expects after Ctrl-C
-MISTAKE = 2
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the flags say; returns the exit status. A user's mistake is one line on stderr and status 2, a bug keeps its traceback."""
-    from errors import UserError
+    """Do what the flags say; returns the exit status (`errors.status_of`)."""
+    from errors import status_of
 
-    try:
+    def work() -> None:
         from options import parse
 
         run(parse(argv))
-    except UserError as error:
-        return _complain(str(error))
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if not package or (ROOT / package).exists() or (ROOT / f"{package}.py").exists():
-            raise
-        return _complain(
-            f"the package {package} is not installed: run scripts/setup.sh, then start me with .venv/bin/python"
-        )
-    return 0
+
+    return status_of(work)
 
 
 def run(opt) -> None:
@@ -206,11 +192,6 @@ def _explained(error: Exception, opt) -> Exception:
     flags += ["smaller --w and --h", "less --max_steps", "less --max_ray_batch", "smaller --W and --H"]
     flags += ["less --mcubes_resolution"] if opt.save_mesh else []
     return UserError(f"out of memory: try, in this order, {', '.join(flags)}, less --log2_hashmap_size")
-
-
-def _complain(text: str) -> int:
-    print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
-    return MISTAKE
 
 
 if __name__ == "__main__":

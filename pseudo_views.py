@@ -7,8 +7,7 @@ picture the shift that the others do not share, and leaves what they do: that co
 
 import csv
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +65,11 @@ def around(opt: Any, count: int, size: int) -> Cameras:
 
 
 @torch.no_grad()
-def rendered(workspace: Path, count: int, size: int, device: torch.device | str) -> Scene:
-    """The scene that a finished run left in `workspace`, `size` pixels wide (averaged from at least `LEAST`)."""
+def rendered(
+    workspace: Path, count: int, size: int, device: torch.device | str, photographs: Float[Tensor, "M 3 k k"]
+) -> Scene:
+    """The scene that a finished run left in `workspace`, `size` pixels wide (averaged from at least `LEAST`); the photographs help to choose
+    what is behind it."""
     import nerf
     from nerf.trainer import Trainer
     from options import parse
@@ -85,18 +87,26 @@ def rendered(workspace: Path, count: int, size: int, device: torch.device | str)
             alphas.append(layers[..., 3])
             bar.update(i + 1)
     on_black, alpha = torch.cat(colours).clamp(0, 1), torch.cat(alphas).clamp(0, 1)
-    behind = backdrop(on_black, alpha)
+    behind = backdrop(on_black[alpha > 0.9], colours_of(photographs))
     return Scene(cameras.resized(size, size), on_black + (1 - alpha[..., None]) * behind, alpha, behind)
 
 
-def backdrop(on_black: Float[Tensor, "N S S 3"], alpha: Float[Tensor, "N S S"]) -> Float[Tensor, "3"]:
-    """The one of `BACKDROPS` that all but a twentieth of the scene is farthest from."""
-    inside = on_black[alpha > 0.9]
-    if not len(inside):
-        return torch.ones(3)
+def backdrop(*colours: Float[Tensor, "_ 3"]) -> Float[Tensor, "3"]:
+    """The one of `BACKDROPS` that all but a twentieth of these colours are farthest from."""
     choices = torch.tensor(BACKDROPS)
-    gaps = torch.cdist(inside[:: max(len(inside) // 4096, 1)], choices).quantile(0.05, dim=0)
-    return choices[int(gaps.argmax())]
+    gaps = [
+        torch.cdist(some, choices).quantile(0.05, dim=0)
+        for some in (c[:: len(c) // 4096 + 1] for c in colours)
+        if len(some)
+    ]
+    return choices[int(torch.stack(gaps).amin(0).argmax())] if gaps else choices[0]
+
+
+def colours_of(photographs: Float[Tensor, "M 3 k k"]) -> Float[Tensor, "_ 3"]:
+    """The pixels in the middle of each, where the subject is."""
+    edge = photographs.shape[-1] // 3
+    middle = photographs[..., edge : photographs.shape[-1] - edge, edge : photographs.shape[-1] - edge]
+    return middle.permute(0, 2, 3, 1).reshape(-1, 3)
 
 
 # -- drawing over --------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from errors import UserError, say  # noqa: E402
-from files import atomic  # noqa: E402
+from errors import say, status_of  # noqa: E402
+from files import atomic, fill  # noqa: E402
 from options import Parser  # noqa: E402
 
 PROMPTS = ("a hamburger", "a red chair", "a pink teddy", "a green car", "a mushroom")
@@ -179,8 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "systems.md", help="the file with the marks")
     argv = list(sys.argv[1:] if argv is None else argv)
     cut = argv.index("--") if "--" in argv else len(argv)
-    failures = 0
-    try:
+
+    def work() -> int:
+        failures = 0
         args, extra = parser.parse_args(argv[:cut]), argv[cut + 1 :]
         from toybox import evaluate
 
@@ -208,13 +209,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = markdown(results, extra)
         print(text)
         save_picture(args.out.with_suffix(".png"), folder, results)
-        before, rest = args.out.read_text(encoding="utf-8").split(BEGIN)
-        with atomic(args.out) as part:
-            part.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
-    except (UserError, OSError, ValueError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        return 2
-    return 1 if failures else 0
+        fill(args.out, (BEGIN, END), text)
+        return 1 if failures else 0
+
+    return status_of(work)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from batch_ray import PATIENCE, attempt, connected, in_use  # noqa: E402
 
-from errors import UserError, say  # noqa: E402
+from errors import UserError, say, status_of  # noqa: E402
 from files import claimed, make_folder  # noqa: E402
 from nerf.batch_page import OUTPUT, Entry, entries, finished, last_error, write_index  # noqa: E402
 from nerf.progress import Bar  # noqa: E402
@@ -329,24 +329,17 @@ def stop(jobs: list[Job]) -> None:
 
 def main(argv: Sequence[str] | None = None, program: Path = ROOT / "main.py", gpus: int | None = None) -> int:
     """Do the batch; returns the exit status. `program` and `gpus` are for tests: what to run, and GPUs to pretend."""
-    try:
+
+    def work() -> int:
         args, flags = read_arguments(argv)
-        if args.index is not None:
-            if not args.index.is_dir():
-                raise UserError(f"--index {args.index}: no such folder")
-            say(f"index: {write_index(args.index, entries(args.index))}")
-            return 0
-        return batch(args, flags, program, gpus)
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        return 2
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        print("error: the package ray is not installed: run scripts/setup.sh", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        if args.index is None:
+            return batch(args, flags, program, gpus)
+        if not args.index.is_dir():
+            raise UserError(f"--index {args.index}: no such folder")
+        say(f"index: {write_index(args.index, entries(args.index))}")
+        return 0
+
+    return status_of(work)
 
 
 if __name__ == "__main__":

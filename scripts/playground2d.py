@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from devices import choose_device  # noqa: E402
-from errors import UserError, say  # noqa: E402
+from errors import UserError, say, status_of  # noqa: E402
 from flags import GROUPS  # noqa: E402
 from guidance import Guidance, build_guidance  # noqa: E402
 from guidance.distillation import Draw  # noqa: E402
@@ -276,15 +276,12 @@ def _tiles(name: str, frames: Frames, seconds: float) -> dict[str, list[np.ndarr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the sheet; returns the exit status."""
-    try:
+
+    def work() -> None:
         args, options = read_arguments(argv)
         say(f"contact sheet: {make_sheet(args, options)}")
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return status_of(work)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from errors import UserError, say  # noqa: E402
+from errors import UserError, say, status_of  # noqa: E402
 from files import atomic, make_folder  # noqa: E402
 from guidance.depth import DEPTH_MODEL, NORMAL_MODEL, DepthModel, NormalModel  # noqa: E402
 from nerf.cutout import BORDER, SIZE, box_of, centred, cut_out  # noqa: E402
@@ -164,23 +164,21 @@ def _write(
     return places
 
 
+def prepare_all(argv: Sequence[str] | None) -> None:
+    """All the pictures that were named."""
+    args = read_arguments(argv)
+    check_places(args)
+    models = load_models(args)
+    with Bar("pictures", len(args.images)) as bar:
+        for number, image in enumerate(args.images, 1):
+            places = prepare(image, args, models)
+            say(f"{image}: {', '.join(str(place) for place in places.values())}")
+            bar.update(number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare all pictures; returns the exit status."""
-    try:
-        args = read_arguments(argv)
-        check_places(args)
-        models = load_models(args)
-        with Bar("pictures", len(args.images)) as bar:
-            for number, image in enumerate(args.images, 1):
-                places = prepare(image, args, models)
-                say(f"{image}: {', '.join(str(place) for place in places.values())}")
-                bar.update(number)
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return status_of(lambda: prepare_all(argv))
 
 
 if __name__ == "__main__":

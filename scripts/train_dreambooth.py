@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from errors import UserError  # noqa: E402
+from errors import UserError, status_of  # noqa: E402
 from flags import Flag, convert  # noqa: E402
 from layers import CONFIGS, suggest  # noqa: E402
 from options import Parser  # noqa: E402
@@ -133,18 +133,15 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Personalise; returns the exit status."""
-    try:
+
+    def work() -> None:
         options = read_options(argv)
         from dreambooth import run, tell
         from toybox.sheet import labelled_sheet
 
         tell(run(options, labelled_sheet), options)
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return status_of(work)
 
 
 if __name__ == "__main__":

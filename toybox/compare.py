@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from errors import UserError, say
+import files
+from errors import UserError, say, status_of
 from files import atomic
 from guidance.methods import METHODS
 from options import Parser
@@ -175,10 +176,7 @@ def _cell(result: Result | None) -> str:
 
 def put_between(text: str, content: str, place: str = "the file") -> str:
     """The text with `content` between its two marks. Raises UserError if it has not exactly one of each, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UserError(f'{place}: needs one line "{BEGIN}" and below it one line "{END}", for the table to go between')
-    before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
-    return f"{text[:before]}\n\n{content.strip()}\n\n{text[after:]}"
+    return files.put_between(text, (BEGIN, END), content, place)
 
 
 def read_document(path: Path) -> str:
@@ -288,7 +286,8 @@ def make_results(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs, table and pictures; returns the exit status."""
-    try:
+
+    def work() -> int:
         args = read_arguments(argv)
         read_document(args.out)
         failures = 0 if args.rewrite else make_results(args)
@@ -297,15 +296,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = markdown(table, args.extra, sheet.name)
         print(text)
         save_small(sheet, args.folder, table)
-        whole = put_between(read_document(args.out), text)  # read again: hours may have passed
-        with atomic(args.out) as part:
-            part.write_text(whole, encoding="utf-8")
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 1 if failures else 0
+        files.fill(args.out, (BEGIN, END), text)  # read again: hours may have passed
+        return 1 if failures else 0
+
+    return status_of(work)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from errors import UserError, say
-from files import atomic, make_folder
+from errors import UserError, say, status_of
+from files import atomic, fill, make_folder
 from nerf import media
 from options import Parser
 from toybox import evaluate
@@ -153,14 +153,8 @@ def main() -> None:
                 f"{name} {value:.3f}" if isinstance(value, float) else str(value) for name, value in rows[-1].items()
             )
         )
-    text = args.out.read_text() if args.out.exists() else f"{BEGIN}\n{END}\n"
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    with atomic(args.out) as beside:
-        beside.write_text(f"{before}{BEGIN}\n{markdown(rows, extra)}\n{END}{after}")
+    fill(args.out, (BEGIN, END), markdown(rows, extra))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(status_of(main))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError, say
-from files import atomic
+from errors import say, status_of
+from files import fill
 from options import Parser
 from toybox import evaluate
 from toybox.training import psnr
@@ -68,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=evaluate.ROOT / "docs" / "mesh.md", help="the file with the marks")
     argv = list(sys.argv[1:] if argv is None else argv)
     cut = argv.index("--") if "--" in argv else len(argv)
-    try:
+
+    def work() -> None:
         args, extra = parser.parse_args(argv[:cut]), argv[cut + 1 :]
-        document = args.out.read_text(encoding="utf-8")
         rows = {}
         for prompt in PROMPTS[: args.prompts]:
             name = prompt.replace(" ", "_")
@@ -83,13 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"{prompt}: " + ", ".join(f"{key} {value:.3f}" for key, value in rows[prompt].items()))
         text = markdown(rows, extra)
         print(text)
-        before, rest = document.split(BEGIN)
-        with atomic(args.out) as part:
-            part.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
-    except (UserError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        return 2
-    return 0
+        fill(args.out, (BEGIN, END), text)
+
+    return status_of(work)
 
 
 if __name__ == "__main__":

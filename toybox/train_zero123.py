@@ -179,6 +179,25 @@ class Teacher:
             )
 
     @torch.no_grad()
+    def whitening(self, generator: torch.Generator, count: int = 4000) -> Float[Tensor, "D D"]:
+        """W such that |W x|^2 / D is 1 for differences x of the size that the view alone makes: kind and color differ by far more, and a
+        plain squared error would see little else."""
+        kind = torch.randint(len(data.KINDS), (count,), generator=generator)
+        color = torch.randint(len(data.PALETTE), (count,), generator=generator)
+        views = [
+            self(
+                kind,
+                color,
+                *(low + (high - low) * torch.rand(count, generator=generator) for low, high in (POLAR, (-180, 180))),
+            )
+            for _ in range(2)
+        ]
+        value, vector = torch.linalg.eigh((views[0] - views[1]).T.cov() / 2)
+        value = value.clamp(min=0) + 0.02 * value.mean()
+        scale = value.rsqrt()
+        return vector @ torch.diag(scale * (len(value) / (value * scale.square()).sum()).sqrt()) @ vector.T
+
+    @torch.no_grad()
     def __call__(self, kind: Tensor, color: Tensor, polar: Tensor, azimuth: Tensor) -> Float[Tensor, "B D"]:
         """kind, color: indices as in data.py; angles in degrees."""
         weights = view_weights(polar, azimuth, 8, True, data.ANGLE_OVERHEAD)
@@ -193,7 +212,7 @@ def teach(model: nn.ModuleDict, args, generator: torch.Generator) -> None:
     level = (pictures.polar > LEVEL[0]).nonzero()[:, 0]
     ahead = level[pictures.azimuth[level].abs() < 20]
     optimizer = torch.optim.AdamW(trained.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    progress, start = Progress("the token", args.teach_steps), time.time()
+    progress, start, whiten = Progress("the token", args.teach_steps), time.time(), teacher.whitening(generator)
     for step in range(args.teach_steps):
         ratio = step / args.teach_steps
         fall = min(1.0, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * ratio)))
@@ -218,7 +237,7 @@ def teach(model: nn.ModuleDict, args, generator: torch.Generator) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             seen = tower((picture - MEAN) / SPREAD).image_embeds
         token = projection(torch.cat([seen.float(), relative_pose(change, here)], 1)) * told[:, None]
-        value = (embedding(token[:, None]) - wanted).square().mean() / wanted.var(0).mean()
+        value = ((embedding(token[:, None]) - wanted) @ whiten).square().mean()
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
@@ -229,7 +248,7 @@ def teach(model: nn.ModuleDict, args, generator: torch.Generator) -> None:
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--teach_steps", type=int, default=2500, help="of the first leg")
+    flags.add_argument("--teach_steps", type=int, default=2500, help="of the first leg; 0 leaves it out")
     flags.set_defaults(per_kind=100, steps=5000, lr=7e-4)
     args = flags.parse_args()
 
@@ -245,6 +264,7 @@ def main() -> None:
         model.load_state_dict(load_state(args.resume)[0])
     else:
         first_weights(model)
+    if args.teach_steps:
         teach(model, args, generator)
     model.to(device)
     unet, tower, projection = model["unet"], model["image_encoder"], model["cc_projection"]
@@ -267,8 +287,7 @@ def main() -> None:
         fresh.load_state_dict(shadow)
         save_view_pipeline(args.out, *fresh.values(), deepcopy(vae))
 
-    if not args.resume:
-        keep(0)
+    keep(0)
     saved, step = time.time(), 0
     while (ratio := done(step)) < 1:
         fall = min(1.0, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * ratio)))
