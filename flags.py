@@ -32,6 +32,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("text", "text", None, 'the prompt: --text "a hamburger"; or lib:word_word, the one prompt of the library with these words'),
         Flag("prompt_library", "text", "data/prompts.json", "the library for it, a JSON file", saved=False),
         Flag("negative", "text", "", "what the picture must not show; takes the place of the empty prompt"),
+        Flag("blend", "text", None, 'another prompt, mixed into the prompt by so much: "a green sks teddy:0.3" (docs/dreambooth.md)'),
         Flag("workspace", "text", "workspace", "the folder that receives everything", saved=False),
         Flag("save_mesh", "flag", False, "export the mesh at the end: mesh/mesh.obj, mesh/mesh.glb (--mesh_format)", saved=False),
         Flag("test", "flag", False, "no training: restore the workspace, render the turntable (--save_mesh: the mesh)", saved=False),

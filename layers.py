@@ -29,11 +29,17 @@ def automatic(chosen: list[Layer], typed: Layer, evaluate: bool) -> tuple[list[L
     """What the choice of a method, of a prior and of a start brings along, and `chosen` (-O, --config, --file) as it comes after that."""
     embedded = last("hf_key", [], typed) is None and typed[1].get("sd_version") == "embedded"
     if embedded:  # typed, so it takes the place of a system's own model
-        chosen = [(where, {k: v for k, v in layer.items() if k != "hf_key"}) for where, layer in chosen]
+        big = ("hf_key", "zero123")
+        chosen = [(where, {k: v for k, v in layer.items() if k not in big}) for where, layer in chosen]
     method, pixels = last("distill", chosen, typed), last("IF", chosen, typed)
     embedded = last("hf_key", chosen, typed) is None and (pixels or last("sd_version", chosen, typed) == "embedded")
     photos = any(last(name, chosen, typed) for name in PHOTOS)
     alone = photos and last("text", chosen, typed) is None
+    for where, layer in [] if evaluate else chosen:
+        if EMBEDDED in layer and "known_view_interval" in layer and not photos:
+            raise UserError(f"{where}: this system starts from photographs; give --image, --image_config or --photos")
+        if EMBEDDED in layer and "sd_version" in layer and alone:
+            raise UserError(f"{where}: this system wants a prompt beside the photographs; give --text")
     if alone:
         embedded = last("zero123", chosen, typed) is None
     layers = [_section("distill/published.yaml", method)]

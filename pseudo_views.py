@@ -29,8 +29,6 @@ from nerf.provider import Cameras, orbit
 RINGS = ((0.92, 5), (0.65, 4), (0.35, 3))  # of cameras: place within the training's polar angles, share of the views
 AT_ONCE = 8  # views in one call of the denoiser: always the same ones together, so that a resumed run draws the same
 LEAST = 128  # pixels that a render is made with; it is averaged down for a smaller model
-# Behind the scene while it is drawn over: whichever of these is farthest from the scene's own colours, so that it can be told from them.
-BACKDROPS = ((1.0, 1.0, 1.0), (0.5, 0.5, 0.5), (0.55, 0.65, 0.85), (0.6, 0.8, 0.6), (0.85, 0.6, 0.85))
 GROWTH = 1 / 12  # of a picture's width that the outline may grow by when it is drawn over
 SURE = 1 / 32  # of a picture's width within the scene's outline is certainly object
 TABLE, SHEET = "views.csv", "sheet.png"
@@ -41,9 +39,8 @@ class Scene:
     """What the first scene looks like from N cameras."""
 
     cameras: Cameras
-    rgb: Float[Tensor, "N S S 3"]  # on `backdrop`
+    rgb: Float[Tensor, "N S S 3"]  # on white
     alpha: Float[Tensor, "N S S"]
-    backdrop: Float[Tensor, "3"]
 
 
 # -- which views ---------------------------------------------------------------------------------------------------------
@@ -65,11 +62,8 @@ def around(opt: Any, count: int, size: int) -> Cameras:
 
 
 @torch.no_grad()
-def rendered(
-    workspace: Path, count: int, size: int, device: torch.device | str, photographs: Float[Tensor, "M 3 k k"]
-) -> Scene:
-    """The scene that a finished run left in `workspace`, `size` pixels wide (averaged from at least `LEAST`); the photographs help to choose
-    what is behind it."""
+def rendered(workspace: Path, count: int, size: int, device: torch.device | str) -> Scene:
+    """The scene that a finished run left in `workspace`, `size` pixels wide (averaged from at least `LEAST`), on white."""
     import nerf
     from nerf.trainer import Trainer
     from options import parse
@@ -80,33 +74,13 @@ def rendered(
     trainer = Trainer(opt, nerf.build_scene(opt, device=device), None, device)
     with trainer.showing("views") as scene, Bar("renders", count) as bar:
         for i in range(count):
-            render = scene.show(cameras[i : i + 1], torch.zeros(3), trainer.step)
+            render = scene.show(cameras[i : i + 1], torch.ones(3), trainer.step)
             layers = torch.cat([render.image[..., :3], render.alpha], -1).float().cpu().permute(0, 3, 1, 2)
             layers = F.interpolate(layers, (size, size), mode="area").permute(0, 2, 3, 1)
             colours.append(layers[..., :3])
             alphas.append(layers[..., 3])
             bar.update(i + 1)
-    on_black, alpha = torch.cat(colours).clamp(0, 1), torch.cat(alphas).clamp(0, 1)
-    behind = backdrop(on_black[alpha > 0.9], colours_of(photographs))
-    return Scene(cameras.resized(size, size), on_black + (1 - alpha[..., None]) * behind, alpha, behind)
-
-
-def backdrop(*colours: Float[Tensor, "_ 3"]) -> Float[Tensor, "3"]:
-    """The one of `BACKDROPS` that all but a twentieth of these colours are farthest from."""
-    choices = torch.tensor(BACKDROPS)
-    gaps = [
-        torch.cdist(some, choices).quantile(0.05, dim=0)
-        for some in (c[:: len(c) // 4096 + 1] for c in colours)
-        if len(some)
-    ]
-    return choices[int(torch.stack(gaps).amin(0).argmax())] if gaps else choices[0]
-
-
-def colours_of(photographs: Float[Tensor, "M 3 k k"]) -> Float[Tensor, "_ 3"]:
-    """The pixels in the middle of each, where the subject is."""
-    edge = photographs.shape[-1] // 3
-    middle = photographs[..., edge : photographs.shape[-1] - edge, edge : photographs.shape[-1] - edge]
-    return middle.permute(0, 2, 3, 1).reshape(-1, 3)
+    return Scene(cameras.resized(size, size), torch.cat(colours).clamp(0, 1), torch.cat(alphas).clamp(0, 1))
 
 
 # -- drawing over --------------------------------------------------------------------------------------------------------
@@ -232,8 +206,7 @@ def write_views(
 
 def _show(scene: Scene, rgba: Float[Tensor, "N S S 4"], path: Path, columns: int = 12) -> None:
     """Rows of renders, each above the pictures made of them, on white."""
-    alpha = scene.alpha[..., None]
-    before = scene.rgb + (1 - alpha) * (1 - scene.backdrop)
+    before = scene.rgb
     after = rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]
     tiles, white = [], torch.ones_like(before[:1])
     for start in range(0, len(rgba), columns):
@@ -246,7 +219,51 @@ def _show(scene: Scene, rgba: Float[Tensor, "N S S 4"], path: Path, columns: int
 # -- learning from them --------------------------------------------------------------------------------------------------
 
 
-def captions(prompt: str, cameras: Cameras, words: int, angle_overhead: float) -> list[str]:
-    """The prompt with the view words nearest to each camera."""
-    weights = view_weights(cameras.polar, cameras.azimuth, words, False, angle_overhead)
+def captions(
+    prompt: str, polar: Float[Tensor, "N"], azimuth: Float[Tensor, "N"], words: int, angle_overhead: float
+) -> list[str]:
+    """The prompt with the view words nearest to each camera (degrees)."""
+    weights = view_weights(polar, azimuth, words, False, angle_overhead)
     return [with_view(prompt, WORDS[words][number]) for number in weights.argmax(-1).tolist()]
+
+
+def learn(asked: Any, workspace: Path, anew: bool, device: torch.device) -> Path:
+    """The adapter `multiview` in `workspace`/adapters: goes on from `partial` with the drawn pictures, each under the view words of its
+    camera, and the photographs under those that were found for them, beside the class pictures."""
+    import dreambooth
+    from guidance.embeddings import CachedEncoder
+    from guidance.personalize import Examples, personalize
+    from guidance.priors import load_prior, text_encoder
+    from nerf.photo_files import read_rows
+    from options import parse
+
+    folder, source = workspace / "adapters", dreambooth.find_model(asked)
+    dtype = dreambooth.precision_of(asked, device)
+    prior, encoder = load_prior(source, device, dtype), CachedEncoder(text_encoder(source, device, dtype))
+    size = asked.resolution or prior.image_size
+    prompt, words = dreambooth.taught(source, asked.prompt, asked.class_prompt)
+    paths = dreambooth.list_pictures(Path(asked.instance_dir).expanduser())
+    photographs, told = dreambooth.read_pictures(paths, "--instance_dir", size), [prompt] * len(paths)
+    if asked.instance_views:
+        told = dreambooth.views_of(prior, photographs, encoder, prompt, asked, folder)
+    opt = parse(["--config", str(workspace / "nerf" / "config.yaml"), "--text", asked.prompt])
+    rows = read_rows(workspace / "pseudo" / TABLE)
+    place = [torch.tensor([getattr(row, name) for row in rows]) for name in ("polar", "azimuth")]
+    drawn = [row.image.with_name(row.image.name.replace("_rgba", "_drawn")) for row in rows]
+    told = captions(prompt, *place, opt.view_words, opt.angle_overhead) + told
+    instance = Examples(torch.cat([dreambooth.read_pictures(drawn, "pseudo", size), photographs]), told)
+    of_class = None
+    if asked.with_prior_preservation:
+        kept = Path(asked.class_data_dir).expanduser() if asked.class_data_dir else folder / "class"
+        how = asked.num_class_images, WORDS[asked.class_views], asked.sample_steps, asked.sample_scale, asked.seed, size
+        of_class = Examples(*dreambooth.class_pictures(prior, encoder.embed, kept, asked.class_prompt, *how))
+    recipe = dreambooth.recipe_of(asked)
+    steps = asked.multiview_steps or recipe.snapshots["partial"]
+    recipe = replace(recipe, max_train_steps=steps, snapshots={"multiview": steps})
+    if anew:
+        dreambooth.forget(folder, recipe)
+    with Bar("multiview", steps, lines=True) as bar:
+        learnt_from = instance, of_class, recipe, folder, words, folder / "partial"
+        done = personalize(prior, encoder, encoder.embed, *learnt_from, bar.update)
+    encoder.close()
+    return done["multiview"]

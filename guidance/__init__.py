@@ -9,7 +9,7 @@ from torch import Tensor
 from errors import UserError
 from guidance.distillation import Distillation, Settings, SpecifyGradient
 from guidance.prior import Hints, resize
-from guidance.prompt import PromptBank
+from guidance.prompt import PromptBank, blend_of
 from schedule import value_at
 
 __all__ = ["Guidance", "build_guidance"]
@@ -82,6 +82,7 @@ def build_prompts(opt, encoder, device: torch.device | str) -> PromptBank:
         source=opt.source if opt.distill == "bridge" else "",
         perpneg=perpneg,
         debias=debias,
+        blend=blend_of(opt),
     )
 
 

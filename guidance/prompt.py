@@ -52,11 +52,13 @@ class PromptBank:
         source: str = "",
         perpneg: PerpNeg | None = None,
         debias: Callable[[str, tuple[str, ...]], list[str]] | None = None,
+        blend: tuple[str | None, float] = (None, 0.0),
     ):
         """encoder: has `embed(list[str]) -> [n, L, D]` and `excess(str) -> int`, the tokens that do not fit; angles in degrees.
 
         source: Bridge's wording of what the pictures look like now, {text} standing for the prompt; "" for none. debias: given the prompt
-        and the view words, answers with a prompt for each of them (see debias.py). Raises UserError if Perp-Neg or debiasing is asked for
+        and the view words, answers with a prompt for each of them (see debias.py). blend: another prompt and its share w of every
+        wording, (1 - w) text + w other. Raises UserError if Perp-Neg or debiasing is asked for
         without view words.
         """
         for flag, given in (("--perpneg", perpneg), ("--debias_prompt", debias)):
@@ -85,6 +87,12 @@ class PromptBank:
         self.negative: Float[Tensor, "L D"] = embeddings[place[self.negative_text]]
         self.null: Float[Tensor, "L D"] = embeddings[place[""]]
         self.plain: Float[Tensor, "L D"] = embeddings[place[text]]
+        other, share = blend
+        if other and share:
+            other = _fitting(encoder, other, "--blend", lambda text: [with_view(text, words) for words in views])
+            wordings = encoder.embed([*(with_view(other, words) for words in views), other]).to(self.text)
+            self.text = torch.lerp(self.text, wordings[:-1], share)
+            self.plain = torch.lerp(self.plain, wordings[-1], share)
         self.source: Float[Tensor, "N L D"] | None = None
         if source_texts:
             self.source = embeddings[[place[wording] for wording in source_texts]]
@@ -137,3 +145,18 @@ def _fitting(encoder, text: str | None, flag: str, wordings: Callable[[str], lis
     short = cut(max(count, 0))
     say(f'{flag}: too long for the text encoder; used as "{short}"')
     return short
+
+
+def blend_of(opt) -> tuple[str | None, float]:
+    """What `--blend "PROMPT:share"` names: the other prompt and its share of the mixture. Raises UserError."""
+    typed = getattr(opt, "blend", None)
+    if not typed:
+        return None, 0.0
+    text, _, share = typed.rpartition(":")
+    try:
+        value = float(share)
+    except ValueError:
+        value = -1.0
+    if not text.strip() or not 0 <= value <= 1:
+        raise UserError(f'--blend {typed}: write PROMPT:SHARE, the share in [0, 1], as in "a green teddy:0.3"')
+    return text.strip(), value

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from errors import UserError, say
 from guidance.adapters import Adapter, adapters_of, learned_words, text_fingerprint
+from guidance.prompt import blend_of
 
 _MODELS = Path(__file__).resolve().parent.parent / "toybox" / "models"
 EMBEDDED, EMBEDDED_IF, EMBEDDED_ZERO123 = (_MODELS / name for name in ("tiny-sd", "tiny-if", "tiny-zero123"))
@@ -117,7 +118,7 @@ def _embedded(
             "or name another model with --sd_version 1.5 or --hf_key"
         )
     kind = _check_folder(folder, flag, accepted)
-    texts = {"--text": opt.text, "--negative": opt.negative}
+    texts = {"--text": opt.text, "--negative": opt.negative, "--blend": blend_of(opt)[0]}
     if opt.distill == "bridge":
         texts["--source"] = opt.source.replace("{text}", "")
     learned = learned_words(adapters)

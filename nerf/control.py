@@ -29,6 +29,7 @@ from nerf.results import plain_background
 
 MOVING = 0.035  # seconds that a picture may take while the camera moves
 WATCHING = 0.2  # the same while the scene trains
+LATE = 4  # times as long: then a coarser picture is begun instead
 BURST = 0.25  # seconds of training between two looks at what is wanted
 REST = 0.3  # seconds after the last movement until the full picture is made and training goes on
 SMALLEST = 0.2  # share of the width and height, and of the samples along a ray, that a quick picture has at least,
@@ -239,17 +240,23 @@ class Control:
         scale = self._scales[limit] if quick else 1.0
         still = limit is None and look == self._drawn and self._sharp > 0
         shift = SHIFTS[self._sharp % len(SHIFTS)] if still else (0.0, 0.0)
-        full = limit is None  # nobody waits for such a picture
-        stale = limit == WATCHING  # as soon as the camera moves
-        stop = (lambda: self._wanted(look)) if full else (lambda: self._closing or (stale and look != self.look_now))
+        least = min(SMALLEST, ENOUGH / min(look.height, look.width))
+
+        def stop() -> bool:
+            if limit is None:  # nobody waits for such a picture
+                return self._wanted(look)
+            late = quick and scale > least and time.monotonic() - began > LATE * limit
+            return self._closing or late or (limit == WATCHING and look != self.look_now)
+
         try:
             picture, distance = self._seen(look, scale, shift, stop)
         except _Abandoned:
+            if quick and time.monotonic() - began > LATE * limit:
+                self._scales[limit] = max(scale / 2, least)
             return
         taken = time.monotonic() - began
         if quick and not 0.8 < taken / limit < 1.2:
             factor = min(max((limit / max(taken, 1e-6)) ** (1 / 3), 0.6), 1.3)  # as if both pixels and samples counted
-            least = min(SMALLEST, ENOUGH / min(look.height, look.width))
             self._scales[limit] = min(max(scale * factor, least), 1.0)
         self._sharp = (self._sharp if still else 0) + 1 if limit is None else 0
         self._sum = self._sum + picture if still else picture

@@ -212,10 +212,11 @@ class Panel:
             lines[1] = f"loss {numbers['loss/total']:.4g}, learning rate {numbers.get('lr', 0.0):.3g}"
         if frame is not None:
             height, width = frame.picture.shape[:2]
-            lines[2] = f"picture: {1000 * frame.seconds:.0f} ms, {width} x {height} pixels"
+            lines[2] = f"picture: {1000 * frame.seconds:.0f} ms, "
             if frame.scale < 1:
-                lines[2] += f", drawn with {max(8, round(width * frame.scale))} x {max(8, round(height * frame.scale))}"
-            elif frame.samples > 1:
+                lines[2] += f"{max(8, round(width * frame.scale))} x {max(8, round(height * frame.scale))} of "
+            lines[2] += f"{width} x {height} pixels"
+            if frame.samples > 1:
                 lines[2] += f", mean of {frame.samples}"
         for item, line in zip(self._status, lines, strict=True):
             dpg.set_value(item, line)

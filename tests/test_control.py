@@ -194,6 +194,19 @@ def test_a_long_picture_is_abandoned_for_what_is_wanted_now(control):
     assert control.frame.number == number  # nor does anybody wait for it at the end
 
 
+def test_a_coarse_picture_that_is_not_coarse_enough_gives_way_to_a_coarser_one(control):
+    def slow(x):
+        time.sleep(2e-5 * len(x))
+        return lopsided(x)
+
+    control = control("--max_ray_batch", 64, scene=lambda opt: FormulaScene(opt, slow))
+    control.start_look = control.look_now = replace(control.start_look, height=240, width=240)
+    with running(control) as control:  # 72 pixels along an edge would take 2 seconds
+        until(lambda: control.frame)
+        assert control.frame.number == 1 and control.frame.scale == nerf.control.SMALLEST
+        assert len(np.unique(control.frame.picture)) > 10
+
+
 def test_a_change_is_drawn_even_if_nobody_moves_any_more_when_its_turn_comes(control, monkeypatch):
     monkeypatch.setattr(nerf.control, "REST", 0.0)
     with running(control()) as control:

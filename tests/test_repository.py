@@ -118,7 +118,7 @@ def test_everything_imported_is_listed_with_a_version():
     for name, tree in modules().items():
         foreign = imports(tree) - ours() - set(sys.stdlib_module_names) - optional
         foreign -= (
-            {"conftest", *(path.stem for path in (ROOT / "tests").glob("*.py"))} if room(name) == "tests" else set()
+            {"conftest", *(path.stem for path in (ROOT / "tests").glob("*.py"))} if room(name) in ("tests", "benchmarks") else set()
         )
         foreign = {packages.get(package, package).lower() for package in foreign}
         known = run | test if room(name) in ("tests", "benchmarks") else run

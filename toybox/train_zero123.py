@@ -194,8 +194,7 @@ class Teacher:
         ]
         value, vector = torch.linalg.eigh((views[0] - views[1]).T.cov() / 2)
         value = value.clamp(min=0) + 0.02 * value.mean()
-        scale = value.rsqrt()
-        return vector @ torch.diag(scale * (len(value) / (value * scale.square()).sum()).sqrt()) @ vector.T
+        return vector @ torch.diag(value.rsqrt()) @ vector.T
 
     @torch.no_grad()
     def __call__(self, kind: Tensor, color: Tensor, polar: Tensor, azimuth: Tensor) -> Float[Tensor, "B D"]:
