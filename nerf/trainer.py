@@ -163,7 +163,7 @@ class Trainer:
         self.guidance.follow(opt)
         self.opt = opt
         opt.save(self.workspace / "config.yaml")
-        self.save()  # config.yaml and the newest checkpoint agree about the prompt
+        self.save(self.step >= opt.iters)  # config.yaml and the newest checkpoint agree about the prompt
 
     def restart(self) -> None:
         """Begin anew: the scene as it was before the first step, step 0. The checkpoints so far are set aside."""

@@ -113,13 +113,12 @@ def test_everything_imported_is_listed_with_a_version():
     packages = {"yaml": "pyyaml", "PIL": "pillow", "mcubes": "pymcubes", "igl": "libigl", "pxr": "usd_core"}
     packages |= {"cv2": "opencv_python_headless"}
     run, test = listed("requirements.txt"), listed("requirements-test.txt")
-    # two come with transformers, the others are used where a user has them
-    optional = {"tokenizers", "huggingface_hub", "nvdiffrast", "rembg"}
+    # what comes with transformers and viser, and what is used where a user has it
+    optional = {"tokenizers", "huggingface_hub", "msgspec", "websockets", "zstandard", "nvdiffrast", "rembg"}
     for name, tree in modules().items():
         foreign = imports(tree) - ours() - set(sys.stdlib_module_names) - optional
-        foreign -= (
-            {"conftest", *(path.stem for path in (ROOT / "tests").glob("*.py"))} if room(name) in ("tests", "benchmarks") else set()
-        )
+        beside = {"tests": ("tests",), "benchmarks": ("tests",), "scripts": ("scripts",)}.get(room(name), ())
+        foreign -= {path.stem for folder in beside for path in (ROOT / folder).glob("*.py")}
         foreign = {packages.get(package, package).lower() for package in foreign}
         known = run | test if room(name) in ("tests", "benchmarks") else run
         assert foreign <= known, f"{name}: {foreign - known}"
