@@ -7,7 +7,7 @@ picture the shift that the others do not share, and leaves what they do: that co
 
 import csv
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 

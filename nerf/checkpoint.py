@@ -116,7 +116,7 @@ def _step(path: Path) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-def check_prompt(state: dict[str, Any], path: Path, text: str | None) -> None:
+def check_prompt(state: dict[str, Any], path: Path, text: str) -> None:
     """UserError if the checkpoint was trained on another prompt."""
     if state.get("text") != text:
         raise UserError(

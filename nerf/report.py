@@ -19,6 +19,7 @@ from mesh import Mesh
 from mesh.export import read_glb
 from mesh.extract import decimate, vertex_normals
 from nerf import media
+from nerf.results import subject
 
 TEMPLATE = Path(__file__).with_name("report.html")
 FRAMES = 48  # of the turntable
@@ -43,8 +44,8 @@ def write_report(
     Shown are the turntable of `step`, the mesh (if it is of this prompt), the validation sheets, the curves of `history`
     ({name: [[step, value], ...]}), the options, `times` (seconds by phase), the memory (`gpu_memory` in bytes) and the files.
     """
-    strip, shape = _strip(workspace / "results", step), _mesh(workspace / "mesh" / "mesh.glb", opt.text)
-    prompt = html.escape(opt.text or "no prompt")
+    strip, shape = _strip(workspace / "results", step), _mesh(workspace / "mesh" / "mesh.glb", subject(opt))
+    prompt = html.escape(subject(opt) or "no prompt")
     threads = torch.get_num_threads()
     processor = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor

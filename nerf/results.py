@@ -167,3 +167,8 @@ def places(workspace: Path, step: int, particles: int, report: Path) -> list[str
     }
     shown = {name: ", ".join([str(paths[0]), *(p.name for p in paths[1:])]) for name, paths in found.items() if paths}
     return [f"{name + ':':<12}{paths}" for name, paths in shown.items()]
+
+
+def subject(opt: Any) -> str:
+    """What is being made: the prompt, else the name of the photographs."""
+    return opt.text or Path(opt.image or opt.image_config or opt.photos or "").name

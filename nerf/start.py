@@ -72,7 +72,7 @@ def earlier(opt: Any) -> tuple[dict[str, Tensor], Path]:
         raise UserError(f"--init_with {path}: no checkpoint there; train that run first")
     state, path = found
     values = {**state["scene"], **state["average"]["average"]}
-    say(f'--init_with: from {path}, "{state["text"] or "photographs"}", step {state["step"]}')
+    say(f'--init_with: from {path}, "{state["text"]}", step {state["step"]}')
     return _first(values), path
 
 

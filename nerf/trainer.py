@@ -114,12 +114,15 @@ class Trainer:
             return False
         if leads():
             opt.save(self.workspace / "config.yaml")
-        self.log.keep(
-            f'"{opt.text or opt.image or opt.image_config or opt.photos}": step {self.step} to {opt.iters} on {self.device}'
-        )
+        self.log.keep(f'"{self.subject}": step {self.step} to {opt.iters} on {self.device}')
         if opt.fp16 and not self.half:
             self.log("--fp16 needs a GPU: the scene stays in float32 on the CPU")
         return True
+
+    @property
+    def subject(self) -> str:
+        """What is being made: the prompt, else the name of the photographs."""
+        return results.subject(self.opt)
 
     @property
     def unfinished(self) -> bool:
@@ -272,7 +275,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything that the future depends on."""
         state = {
-            "text": self.opt.text,
+            "text": self.subject,
             "step": self.step,
             "scene": dict(self.scene.state_dict()),
             "average": self.average.state_dict(),
@@ -306,7 +309,7 @@ class Trainer:
                 raise UserError(f"{self.checkpoints}: no checkpoint to show: train first, or name one with --ckpt")
             return
         state, path = found
-        checkpoint.check_prompt(state, path, self.opt.text)
+        checkpoint.check_prompt(state, path, self.subject)
         checkpoint.load_scene(self.scene, state["scene"], path)
         if getattr(self.scene, "blank", False):  # it has no beginning but this
             self.guard.begin()
@@ -406,7 +409,7 @@ class Trainer:
                     if found is not None:
                         surface, measured = found
                         self.metrics.record(self.step, {f"{name}/{key}".strip("/"): v for key, v in measured.items()})
-                        paths += export(surface, self.workspace / "mesh" / name, self.opt.text or "", formats)
+                        paths += export(surface, self.workspace / "mesh" / name, self.subject, formats)
                 return paths
 
     def report(self) -> Path:

@@ -335,3 +335,16 @@ def test_known_views_are_drawn_and_shaken(tmp_path):
 def test_several_images_need_their_views():
     with pytest.raises(UserError, match="--image_config"):
         load_references(make_options(image=["a.png", "b.png"]))
+
+
+def test_a_run_from_other_photographs_is_not_gone_on_with(tmp_path, options):
+    from nerf import checkpoint
+    from nerf.results import subject
+
+    opt = options("--text", "hamburger")
+    assert subject(opt) == "hamburger"
+    pictures = SimpleNamespace(text=None, image="photos/mug_rgba.png", image_config=None, photos=None)
+    assert subject(pictures) == "mug_rgba.png"
+    checkpoint.check_prompt({"text": "mug_rgba.png"}, tmp_path, subject(pictures))
+    with pytest.raises(UserError, match="chair_rgba"):
+        checkpoint.check_prompt({"text": "chair_rgba.png"}, tmp_path, subject(pictures))
