@@ -26,7 +26,11 @@ from nerf.photo_files import read_picture
 from nerf.progress import Bar
 from nerf.provider import Cameras, orbit
 
-RINGS = ((0.92, 5), (0.65, 4), (0.35, 3))  # of cameras: place within the training's polar angles, share of the views
+RINGS = (
+    (None, 5),
+    (0.95, 3),
+    (0.4, 4),
+)  # of cameras: place within the training's polar angles (None: the default), share of the views
 AT_ONCE = 8  # views in one call of the denoiser: always the same ones together, so that a resumed run draws the same
 LEAST = 128  # pixels that a render is made with; it is averaged down for a smaller model
 GROWTH = 1 / 12  # of a picture's width that the outline may grow by when it is drawn over
@@ -47,15 +51,15 @@ class Scene:
 
 
 def around(opt: Any, count: int, size: int) -> Cameras:
-    """`count` cameras in three rings of different elevation within `opt.theta_range`, the first one before the front; the default distance
-    and field of view."""
+    """`count` cameras in three rings of different elevation, the default one and two more within `opt.theta_range`; the first stands at the
+    default view. The default distance and field of view."""
     low, high = opt.theta_range
     shares = torch.tensor([float(share) for _, share in RINGS])
     ends = [0, *(count * shares.cumsum(0) / shares.sum()).round().long().tolist()]
     polar, azimuth = [], []
     for ring, (place, _) in enumerate(RINGS):
         number = ends[ring + 1] - ends[ring]
-        polar += [low + place * (high - low)] * number
+        polar += [opt.default_polar if place is None else low + place * (high - low)] * number
         azimuth += [opt.default_azimuth + (step + ring / 2) * 360.0 / number for step in range(number)]
     angles = torch.tensor(polar), torch.tensor(azimuth)
     return orbit(*angles, float(opt.default_radius), float(opt.default_fovy), size, size)
@@ -239,13 +243,14 @@ def learn(asked: Any, workspace: Path, anew: bool, device: torch.device) -> Path
 
     folder, source = workspace / "adapters", dreambooth.find_model(asked)
     dtype = dreambooth.precision_of(asked, device)
-    prior, encoder = load_prior(source, device, dtype), CachedEncoder(text_encoder(source, device, dtype))
+    prior, encoder = load_prior(source, device, dtype), text_encoder(source, device, dtype)
+    cached = CachedEncoder(encoder)
     size = asked.resolution or prior.image_size
     prompt, words = dreambooth.taught(source, asked.prompt, asked.class_prompt)
     paths = dreambooth.list_pictures(Path(asked.instance_dir).expanduser())
     photographs, told = dreambooth.read_pictures(paths, "--instance_dir", size), [prompt] * len(paths)
     if asked.instance_views:
-        told = dreambooth.views_of(prior, photographs, encoder, prompt, asked, folder)
+        told = dreambooth.views_of(prior, photographs, cached, prompt, asked, folder)
     opt = parse(["--config", str(workspace / "nerf" / "config.yaml"), "--text", asked.prompt])
     rows = read_rows(workspace / "pseudo" / TABLE)
     place = [torch.tensor([getattr(row, name) for row in rows]) for name in ("polar", "azimuth")]
@@ -256,7 +261,7 @@ def learn(asked: Any, workspace: Path, anew: bool, device: torch.device) -> Path
     if asked.with_prior_preservation:
         kept = Path(asked.class_data_dir).expanduser() if asked.class_data_dir else folder / "class"
         how = asked.num_class_images, WORDS[asked.class_views], asked.sample_steps, asked.sample_scale, asked.seed, size
-        of_class = Examples(*dreambooth.class_pictures(prior, encoder.embed, kept, asked.class_prompt, *how))
+        of_class = Examples(*dreambooth.class_pictures(prior, cached.embed, kept, asked.class_prompt, *how))
     recipe = dreambooth.recipe_of(asked)
     steps = asked.multiview_steps or recipe.snapshots["partial"]
     recipe = replace(recipe, max_train_steps=steps, snapshots={"multiview": steps})
@@ -264,6 +269,6 @@ def learn(asked: Any, workspace: Path, anew: bool, device: torch.device) -> Path
         dreambooth.forget(folder, recipe)
     with Bar("multiview", steps, lines=True) as bar:
         learnt_from = instance, of_class, recipe, folder, words, folder / "partial"
-        done = personalize(prior, encoder, encoder.embed, *learnt_from, bar.update)
-    encoder.close()
+        done = personalize(prior, encoder, cached.embed, *learnt_from, bar.update)
+    cached.close()
     return done["multiview"]

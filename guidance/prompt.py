@@ -149,7 +149,7 @@ def _fitting(encoder, text: str | None, flag: str, wordings: Callable[[str], lis
 
 def blend_of(opt) -> tuple[str | None, float]:
     """What `--blend "PROMPT:share"` names: the other prompt and its share of the mixture. Raises UserError."""
-    typed = getattr(opt, "blend", None)
+    typed = opt.blend if hasattr(opt, "blend") else None  # who asks for a model alone has no such option
     if not typed:
         return None, 0.0
     text, _, share = typed.rpartition(":")

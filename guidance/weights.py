@@ -123,8 +123,7 @@ def _embedded(
         texts["--source"] = opt.source.replace("{text}", "")
     learned = learned_words(adapters)
     if learned is not None:  # an adapter that does not tell may have taught the model anything
-        words, marks = known_words(folder)
-        check_vocabulary(texts, words, marks, learned)
+        check_vocabulary(texts, *known_words(folder), learned)
     return Source(str(folder), True, name, flag, (), kind, accepted)
 
 

@@ -1,9 +1,9 @@
 """Zero-1-to-3 and Stable-Zero123 as a prior: what the object of a known picture looks like from another camera.
 
 The denoiser sees the known picture's latents beside the noisy ones, and one token: a projection of the picture's image embedding and of the
-relative pose (Liu et al. 2023, section 3.2). Both together are an "embedding" here, [B, 1 + rows, D]: the token, then the latents filled
-up to whole rows; all zeros stand for "told nothing", which is what guidance starts from. So a `ViewBank` is to this prior what a
-`PromptBank` is to one of text.
+relative pose (Liu et al. 2023, section 3.2; tiny-zero123 has several tokens). Both together are an "embedding" here, [B, rows + tokens, D]:
+the latents, filled up to whole rows, then the tokens; all zeros stand for "told nothing", which is what guidance starts from. So a
+`ViewBank` is to this prior what a `PromptBank` is to one of text.
 
 Signs: the published models were trained in a right-handed world with z up and azimuth arctan2(y, x), ours is right-handed with y up and
 azimuth arctan2(x, z). In both the azimuth grows counterclockwise seen from above and the polar angle from above downwards, so that no sign
@@ -62,9 +62,9 @@ class Zero123(Prior):
         return cls.of(read_view_model(source, device, dtype), device, source.name)
 
     def denoise(self, noisy: Tensor, t: Tensor, embedding: Tensor, hints: Hints) -> Tensor:
-        token, beside = unpack(embedding, self.latent_channels, self.latent_size)
+        tokens, beside = unpack(embedding, self.latent_channels, self.latent_size)
         both = torch.cat([noisy, beside], dim=1).to(self.dtype)
-        return self.denoiser(both, t, token[:, None].to(self.dtype)).sample
+        return self.denoiser(both, t, tokens.to(self.dtype)).sample
 
     @torch.no_grad()
     def encode_reference(self, picture: Float[Tensor, "N 3 h w"]) -> Float[Tensor, "N C k k"]:
@@ -76,19 +76,21 @@ class Zero123(Prior):
         return (encoded.latents if posterior is None else posterior.mode()).float()
 
 
-def pack(token: Float[Tensor, "B D"], latents: Float[Tensor, "B C k k"]) -> Float[Tensor, "B L D"]:
-    """The embedding that carries both: the token, then the latents row by row, zeros behind their end."""
-    width, flat = token.shape[1], latents.flatten(1)
+def pack(tokens: Float[Tensor, "B n D"], latents: Float[Tensor, "B C k k"]) -> Float[Tensor, "B L D"]:
+    """The embedding that carries both: the latents row by row, zeros behind their end, then the tokens."""
+    width, flat = tokens.shape[2], latents.flatten(1)
     rows = F.pad(flat, (0, -flat.shape[1] % width)).unflatten(1, (-1, width))
-    return torch.cat([token[:, None], rows], 1)
+    return torch.cat([rows, tokens], 1)
 
 
 def unpack(
     embedding: Float[Tensor, "B L D"], channels: int, size: int
-) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B C k k"]]:
+) -> tuple[Float[Tensor, "B n D"], Float[Tensor, "B C k k"]]:
     """The inverse of `pack`."""
-    flat = embedding[:, 1:].flatten(1)[:, : channels * size * size]
-    return embedding[:, 0], flat.unflatten(1, (channels, size, size))
+    count = channels * size * size
+    rows = -(-count // embedding.shape[2])
+    flat = embedding[:, :rows].flatten(1)[:, :count]
+    return embedding[:, rows:], flat.unflatten(1, (channels, size, size))
 
 
 def relative_pose(
@@ -207,8 +209,8 @@ class ViewBank:
             features, latents = look(parts, prior, (pictures[chosen] + empty[chosen] * change).clamp(0, 1))
         pose = relative_pose(camera, self.camera[chosen], self.pose)
         with torch.autocast(pose.device.type, enabled=False):
-            token = self.projection(torch.cat([features, pose], -1))
-        return pack(token, latents)
+            tokens = self.projection(torch.cat([features, pose], -1))
+        return pack(tokens, latents)
 
 
 def look(

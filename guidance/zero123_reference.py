@@ -2,8 +2,8 @@
 
 A model is a folder in diffusers' layout: `unet` (twice the latents' channels), `vae`, `scheduler`, `image_encoder` (a
 CLIPVisionModelWithProjection) and `cc_projection` (or `clip_camera_projection`): a linear layer, of the image embedding and four numbers
-of the pose to a token of the cross-attention; in tiny-zero123 several layers, with SiLU between. scripts/convert_zero123.py makes such a
-folder of the original checkpoints.
+of the pose to a token of the cross-attention; in tiny-zero123 several layers, with SiLU between, to several tokens.
+scripts/convert_zero123.py makes such a folder of the original checkpoints.
 """
 
 import json
@@ -36,7 +36,7 @@ class Parts:
     vae: nn.Module
     levels: tuple[Tensor, Tensor, str]  # signal, sigma, prediction type: see `prior.noise_levels`
     tower: nn.Module
-    projection: nn.Sequential  # float32
+    projection: nn.Sequential  # [B, E + 4] -> [B, n, D]; float32
     pose: str  # one of POSES
     any_background: (
         bool  # trained on plain backgrounds of any color, the same one in both pictures; else on white alone
@@ -201,7 +201,7 @@ def _projection_file(folder: Path) -> Path | None:
 
 def _read_projection(folder: Path, place: str, name: str, wanted: tuple[int, int]) -> tuple[nn.Sequential, str, bool]:
     """The layers, SiLU between them; what the fourth number of the pose is, as its config.json says (`pose`), else by the model's name;
-    `any_background`. wanted: numbers in and out."""
+    `any_background`. wanted: numbers in, and of one token."""
     file = _projection_file(folder)
     config = read_json(file.parent / "config.json") if (file.parent / "config.json").is_file() else {}
     pose = config.get("pose") or ("polar" if "stable" in name.lower() else "radius")
@@ -223,11 +223,12 @@ def _read_projection(folder: Path, place: str, name: str, wanted: tuple[int, int
         raise UserError(f"{place}: {file.parent.name} is not made of linear layers ({_first_line(error)})") from error
     if pose not in POSES:
         raise UserError(f"{place}: its {file.parent.name}/config.json says pose {pose!r}; known are {', '.join(POSES)}")
-    if wide != wanted:
+    if wide[0] != wanted[0] or wide[1] % wanted[1]:
         raise UserError(
             f"{place}: its {file.parent.name} makes {wide[1]} numbers of {wide[0]}, but its image encoder and its denoiser need "
             f"{wanted[1]} of {wanted[0]}"
         )
+    projection.append(nn.Unflatten(-1, (-1, wanted[1])))
     return projection, pose, bool(config.get("any_background"))
 
 

@@ -12,7 +12,6 @@ same command. WORKSPACE/report.html shows all of it. What stands after -- are fl
 """
 
 import argparse
-import os
 import signal
 import subprocess
 import sys
@@ -98,7 +97,7 @@ def read_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if flag.partition("=")[0] in OURS:
             raise UserError(f"{flag}: is chosen by this script; leave it out")
     values = {name: flag.default for name, flag in FLAGS.items()}
-    values |= {name: convert(FLAGS[name], value, name) for name, value in embedded(typed).items()}
+    values |= {name: convert(FLAGS[name], value, name) for name, value in _of_embedded(typed).items()}
     values |= {name: convert(FLAGS[name], value, f"--{name}") for name, value in vars(typed).items()}
     for name in REQUIRED:
         if not values[name]:
@@ -117,6 +116,14 @@ def read_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     values |= {"instance_data_dir": values["instance_dir"], "instance_prompt": values["prompt"], "full": False}
     values |= {"output_dir": str(Path(values["workspace"]).expanduser() / "adapters"), "start": None, "flags": flags}
     return argparse.Namespace(**values)
+
+
+def _of_embedded(typed: argparse.Namespace) -> dict[str, Any]:
+    """What the model that comes with this program is used with; {} for another one."""
+    import yaml
+
+    learning = embedded(typed)
+    return learning and {**learning, **yaml.safe_load((ROOT / SETTINGS.format("embedded")).read_text(encoding="utf-8"))}
 
 
 def parser() -> Parser:
@@ -215,7 +222,8 @@ def _keys(asked: argparse.Namespace, state: State) -> dict[str, str]:
     }
     keys: dict[str, str] = {}
     for stage, needs in STAGES.items():
-        keys[stage] = digest([], [own[stage], *(keys[needed] for needed in needs)])
+        settings = [path for path in [ROOT / SETTINGS.format(stage)] if path.is_file()]
+        keys[stage] = digest(settings, [own[stage], *(keys[needed] for needed in needs)])
     return keys
 
 
@@ -339,7 +347,6 @@ WORK = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The pipeline; returns the exit status."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         run(read_options(argv))
     except UserError as error:
@@ -351,5 +358,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 MAIN = ROOT / "main.py"
+COMPLAINT = ROOT / "errors.py"  # where a mistake of the user's arrives
 BIN = Path(sys.executable).parent
 needs_debugpy = pytest.mark.skipif(importlib.util.find_spec("debugpy") is None, reason="needs debugpy")
 needs_debugpy_run = pytest.mark.skipif(not (BIN / "debugpy-run").exists(), reason="needs debugpy-run")
@@ -89,7 +90,7 @@ def free_port() -> int:
 
 
 def line_of(words: str) -> int:
-    (found,) = [number for number, line in enumerate(MAIN.read_text().splitlines(), 1) if words in line]
+    (found,) = [number for number, line in enumerate(COMPLAINT.read_text().splitlines(), 1) if words in line]
     return found
 
 
@@ -140,7 +141,7 @@ def test_a_debugger_attaches_stops_at_a_breakpoint_and_sees_the_end(launch, tmp_
     command = ["-m", "debugpy", "--listen", f"127.0.0.1:{port}", "--wait-for-client"]
     process = launch(sys.executable, *command, MAIN, "--text", "a chair", "--itters", "3")
     client = Client(port)
-    client.attach(MAIN, line_of("return _complain(str(error))"))
+    client.attach(COMPLAINT, line_of("return _complain(str(error))"))
     assert "unknown flag --itters" in client.evaluate("str(error)")
     client.until("terminated")
     assert process.wait(20) == 2
@@ -156,7 +157,7 @@ def test_debugpy_run_waits_for_a_debugger(separator, launch, tmp_path):
         BIN / "debugpy-run", "-E", "-p", f"127.0.0.1:{port}", MAIN, *separator, "--text", "a chair", "--w", "0"
     )
     client = Client(port)
-    client.attach(MAIN, line_of("return _complain(str(error))"))
+    client.attach(COMPLAINT, line_of("return _complain(str(error))"))
     assert "--w 0: must be > 0" in client.evaluate("str(error)")
     client.until("terminated")
     process.wait(20)

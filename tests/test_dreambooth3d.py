@@ -16,6 +16,7 @@ from PIL import Image
 
 import pseudo_views
 from errors import UserError
+from guidance.prompt import PromptBank, blend_of
 from nerf.checkpoint import read
 from nerf.photos import load_references
 from subject_state import RECORD, STAGES, State
@@ -67,7 +68,7 @@ def test_cameras_all_around_at_several_elevations():
     cameras = pseudo_views.around(VIEW, 24, 16)
     assert len(cameras) == 24 and len(set(cameras.polar.tolist())) == 3
     assert 15 < cameras.polar.min() < 50 and 85 < cameras.polar.max() < 100
-    assert cameras.azimuth[0] == 0
+    assert (cameras.polar[0], cameras.azimuth[0]) == (80, 0)
     for polar in cameras.polar.unique():
         turns = cameras.azimuth[cameras.polar == polar].remainder(360).sort().values
         gaps = torch.diff(turns, append=turns[:1] + 360)
@@ -112,6 +113,7 @@ def test_captions_tell_the_view():
 # -- the command -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_stages_once_and_each_alone(tmp_path, capfd):
     words, work = typed(tmp_path, "--context", "a green sks teddy"), tmp_path / "work"
     at = words.index("--")
@@ -152,6 +154,7 @@ def undisturbed(tmp_path_factory):
     return folder / "work"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "sign"),
     [
@@ -230,3 +233,33 @@ def test_flags_that_the_stages_set_are_refused(tmp_path, capsys):
         script.main([*typed(tmp_path), "--lora", "x"]) == 2
         and "--lora: is chosen by this script" in capsys.readouterr().err
     )
+
+
+# -- another guise ---------------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A text encoder that answers with the text's letters."""
+
+    def embed(self, texts):
+        return torch.tensor([[[float(text.count("e")), float(text.count("s"))]] for text in texts])
+
+    def excess(self, text):
+        return 0
+
+
+def test_another_prompt_is_mixed_into_every_wording():
+    plain, other = (PromptBank(Letters(), text, view_words=8) for text in ("a sks teddy", "a green sks teddy"))
+    mixed = PromptBank(Letters(), "a sks teddy", view_words=8, blend=("a green sks teddy", 0.25))
+    for name in ("text", "plain"):
+        before, after = getattr(plain, name), getattr(other, name)
+        assert torch.allclose(getattr(mixed, name), 0.75 * before + 0.25 * after) and not torch.equal(before, after)
+    assert torch.equal(mixed.null, plain.null) and torch.equal(mixed.negative, plain.negative)
+
+
+def test_what_blend_names():
+    assert blend_of(SimpleNamespace(blend="a green teddy: 0.3")) == ("a green teddy", 0.3)
+    assert blend_of(SimpleNamespace(blend=None)) == (None, 0.0)
+    for wrong in ("a green teddy", ":0.3", "a green teddy:2", "a green teddy:x"):
+        with pytest.raises(UserError, match="PROMPT:SHARE"):
+            blend_of(SimpleNamespace(blend=wrong))

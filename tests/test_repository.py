@@ -117,7 +117,7 @@ def test_everything_imported_is_listed_with_a_version():
     optional = {"tokenizers", "huggingface_hub", "msgspec", "websockets", "zstandard", "nvdiffrast", "rembg"}
     for name, tree in modules().items():
         foreign = imports(tree) - ours() - set(sys.stdlib_module_names) - optional
-        beside = {"tests": ("tests",), "benchmarks": ("tests",), "scripts": ("scripts",)}.get(room(name), ())
+        beside = {"tests": ("tests", "scripts"), "benchmarks": ("tests",), "scripts": ("scripts",)}.get(room(name), ())
         foreign -= {path.stem for folder in beside for path in (ROOT / folder).glob("*.py")}
         foreign = {packages.get(package, package).lower() for package in foreign}
         known = run | test if room(name) in ("tests", "benchmarks") else run

@@ -9,6 +9,7 @@ from PIL import Image
 from systems import ALSO, NAMES, STAGES, shown
 
 import main as program
+from errors import MISTAKE
 from options import parse
 from toybox.mesh import object_mesh
 from toybox.objects import OBJECTS
@@ -109,6 +110,6 @@ def test_a_wrong_picture_or_start_is_one_line(typed, tmp_path, photos, surface, 
     name, *words = (word.format(**places) for word in typed.split())
     workspace = tmp_path / "workspace"
     config = ["--config", f"configs/systems/{name}.yaml", "--workspace", str(workspace), *QUICK, "--iters", "1"]
-    assert program.main([*config, *words]) == program.MISTAKE
+    assert program.main([*config, *words]) == MISTAKE
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert WRONG[typed].format(**places) in line and not list(workspace.rglob("*.pt"))

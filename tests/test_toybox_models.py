@@ -36,7 +36,9 @@ def test_files_are_small_halves():
     from safetensors import safe_open
 
     files = list(MODELS.rglob("*.safetensors"))
-    assert len(files) == 6  # unet, text encoder, autoencoder; unet and T5; clip
+    assert (
+        len(files) == 10
+    )  # unet, text encoder, autoencoder; unet and T5; clip; unet, autoencoder, image encoder, projection
     for file in files:
         assert file.stat().st_size < 20 * 2**20
         with safe_open(file, "pt") as tensors:

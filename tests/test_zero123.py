@@ -86,12 +86,10 @@ def test_the_pose_in_the_published_model_s_world_is_ours():
 
 def test_angles_between_cameras():
     polar, azimuth = torch.tensor([90.0, 90.0, 0.0, 60.0]), torch.tensor([0.0, 90.0, 37.0, 10.0])
-    known = torch.tensor([90.0, 60.0]), torch.tensor([0.0, 10.001])
-    angle = angle_between(polar, azimuth, *known)
+    angle = angle_between(polar, azimuth, torch.tensor([90.0, 60.0]), torch.tensor([0.0, 10.001]))
     cosine = math.sin(math.radians(60)) * math.cos(math.radians(10.001))
-    expected = torch.tensor([0.0, 90.0, 90.0]), math.degrees(math.acos(cosine))
-    torch.testing.assert_close(angle[:3, 0], expected[0], atol=1e-4, rtol=0)
-    assert angle[0, 1].item() == pytest.approx(expected[1], abs=1e-3)
+    torch.testing.assert_close(angle[:3, 0], torch.tensor([0.0, 90.0, 90.0]), atol=1e-4, rtol=0)
+    assert angle[0, 1].item() == pytest.approx(math.degrees(math.acos(cosine)), abs=1e-3)
     assert angle[3, 1].item() == pytest.approx(0.001 * math.sin(math.radians(60)), rel=0.02)
 
 
@@ -112,12 +110,13 @@ def test_the_share_of_the_gradient_by_angle():
     torch.testing.assert_close(gradient_share(torch.tensor([[30.0, 60.0, 20.0]])), torch.tensor([20 / 60]))
 
 
-def test_an_embedding_carries_the_token_and_the_latents():
+@pytest.mark.parametrize("count", (1, 3))
+def test_an_embedding_carries_the_tokens_and_the_latents(count):
     generator = torch.Generator().manual_seed(0)
-    token, latents = torch.randn(2, 24, generator=generator), torch.randn(2, 4, 8, 8, generator=generator)
-    packed = pack(token, latents)
-    assert packed.shape == (2, 1 + math.ceil(256 / 24), 24)
-    for ours, theirs in zip(unpack(packed, 4, 8), (token, latents), strict=True):
+    tokens, latents = torch.randn(2, count, 24, generator=generator), torch.randn(2, 4, 8, 8, generator=generator)
+    packed = pack(tokens, latents)
+    assert packed.shape == (2, count + math.ceil(256 / 24), 24)
+    for ours, theirs in zip(unpack(packed, 4, 8), (tokens, latents), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -146,7 +145,8 @@ def test_the_denoiser_gets_latents_beside_the_noise_and_one_token(kind, folders)
         pose = torch.stack(
             [torch.deg2rad(torch.tensor([-20.0, 15.0])), turn.sin(), turn.cos(), torch.tensor([0.2, -0.1])], -1
         )
-        token = parts.projection(torch.cat([seen, pose], -1))[:, None]
+        token = parts.projection(torch.cat([seen, pose], -1))
+        assert token.shape == (2, 1, WIDTH)
         noisy, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([300, 700])
         expected = parts.unet(torch.cat([noisy, beside.expand(2, -1, -1, -1)], 1), t, token).sample
         nothing = parts.unet(torch.cat([noisy, torch.zeros_like(noisy)], 1), t, torch.zeros_like(token)).sample
@@ -189,8 +189,8 @@ def test_of_several_pictures_each_is_drawn_as_often_as_it_counts(model):
     expected = reference_weights(angle_between(polar[:1], azimuth[:1], *bank.camera[:, :2].unbind(1)), torch.ones(3))[0]
     torch.testing.assert_close(seen, expected, atol=0.03, rtol=0)
     assert expected[2] == 0 and seen[2] == 0
-    token = bank.tell(torch.tensor([1]), torch.tensor([[80.0, 15.0, 3.0]]))[0, 0]  # its radius is its own: no change
-    drawn = condition.text[(told - bank.latents[1]).flatten(1).abs().amax(1) < 1e-6][0, 0]
+    token = bank.tell(torch.tensor([1]), torch.tensor([[80.0, 15.0, 3.0]]))[0, -1]  # its radius is its own: no change
+    drawn = condition.text[(told - bank.latents[1]).flatten(1).abs().amax(1) < 1e-6][0, -1]
     torch.testing.assert_close(drawn, token)
 
 
@@ -367,6 +367,27 @@ def test_other_layouts_of_the_projection_are_read(folders, tmp_path):
     assert torch.equal(parts.projection[0].weight, expected) and parts.pose == "radius"
     stable = folder.rename(tmp_path / "Stable-Zero123-diffusers")
     assert read_view_model(view_source(str(stable)), "cpu").pose == "polar"
+
+
+def test_a_projection_of_several_layers_to_several_tokens_is_read(tmp_path):
+    layers = (
+        torch.nn.Linear(WIDTH + 4, 40),
+        torch.nn.SiLU(),
+        torch.nn.Linear(40, 3 * WIDTH),
+        torch.nn.Unflatten(-1, (3, WIDTH)),
+    )
+    projection = torch.nn.Sequential(*layers)
+    parts = read_view_model(view_source(str(random_model(tmp_path / "deep", projection=projection))), "cpu")
+    numbers = torch.randn(2, WIDTH + 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(parts.projection(numbers), projection(numbers))
+    prior = Zero123.of(parts, "cpu")
+    told = (
+        ViewBank(parts, prior, [View(picture(), 80.0, 0.0, 3.0)])
+        .condition(torch.tensor([80.0]), torch.tensor([90.0]))
+        .text
+    )
+    assert unpack(told, 4, 8)[0].shape == (1, 3, WIDTH)
+    assert torch.isfinite(prior.predict(torch.randn(1, 4, 8, 8), torch.tensor([500]), told)).all()
 
 
 def test_names_that_are_no_models(monkeypatch):

@@ -8,7 +8,7 @@ from guidance.zero123_reference import write_view_model
 SIZE, WIDTH = 32, 24  # pixels a side, channels of the token
 
 
-def random_model(folder, autoencoder="kl", pose="radius", seed=0, any_background=False):
+def random_model(folder, autoencoder="kl", pose="radius", seed=0, any_background=False, projection=None):
     """Pictures of 32, latents of 4 x 8 x 8, an image tower of 24; autoencoder: "kl" or "tiny"."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -33,7 +33,7 @@ def random_model(folder, autoencoder="kl", pose="radius", seed=0, any_background
         )
     )  # fmt: skip
     scheduler = DDIMScheduler(**DIFFUSION, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    projection = torch.nn.Linear(WIDTH + 4, WIDTH)
+    projection = projection or torch.nn.Linear(WIDTH + 4, WIDTH)
     write_view_model(
         folder, unet, autoencoder_of(autoencoder), scheduler, tower, projection, pose, any_background=any_background
     )

@@ -18,6 +18,7 @@ from toybox.models import SIZE
 from toybox.sheet import labelled_sheet
 from toybox.training import psnr
 
+CAP = 40.0  # dB, where two views are the same
 AZIMUTHS = torch.tensor([45.0, 90.0, 135.0, 180.0, -135.0, -90.0, -45.0])
 
 
@@ -71,7 +72,7 @@ def main() -> None:
             parts, prior, true[0].permute(2, 0, 1), AZIMUTHS, level, args.steps, args.scale, args.eta, args.seed
         )
         errors.append([psnr(a, b) for a, b in zip(drawn, true[1:], strict=True)])
-        copied.append([psnr(true[0], b) for b in true[1:]])
+        copied.append([min(psnr(true[0], b), CAP) for b in true[1:]])
         right.append(turned_right(drawn, prompt, AZIMUTHS))
         a, b = outline(drawn), outline(true[1:]) | (alpha[1:] > 0.5)
         overlap.append((a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1))

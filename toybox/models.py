@@ -77,10 +77,10 @@ def build_image_encoder() -> nn.Module:
 
 
 def build_projection() -> nn.Module:
-    """From the image embedding and the four numbers of the pose to the token. The published models have one layer and a large denoiser
-    that turns the object; here the turning needs a little depth."""
+    """From the image embedding and the four numbers of the pose to as many tokens as a caption has. The published models have one layer,
+    one token, and a large denoiser that turns the object; here the turning needs a little depth, and the denoiser knows captions."""
     layers = (nn.Linear(WIDTH + 4, 3 * WIDTH), nn.SiLU(), nn.Linear(3 * WIDTH, 3 * WIDTH), nn.SiLU())
-    return nn.Sequential(*layers, nn.Linear(3 * WIDTH, WIDTH))
+    return nn.Sequential(*layers, nn.Linear(3 * WIDTH, CONTEXT * WIDTH), nn.Unflatten(-1, (CONTEXT, WIDTH)))
 
 
 def build_clip(folder: Path) -> nn.Module:

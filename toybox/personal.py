@@ -114,7 +114,7 @@ def picture(views: dict[str, Float[Tensor, "8 H W 3"]], path: Path) -> Path:
     rows = {"the truth": truth, **{NAMED[name].replace(", ", "\n"): image for name, image in views.items()}}
     tiles: dict[str, list[np.ndarray]] = {name: list(pixels(image)) for name, image in rows.items()}
     title = f'"{PROMPT}" from six photographs, the embedded model'
-    return save_png(path, labelled_sheet(tiles, [f"{azimuth:.0f}" for azimuth in AZIMUTHS.tolist()], title, 96))
+    return save_png(path, labelled_sheet(tiles, [f"{azimuth:.0f}" for azimuth in AZIMUTHS.tolist()], title, 80))
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """Train tiny-zero123: the object of one picture as seen from another camera (Zero-1-to-3, Liu et al. 2023), starting from tiny-sd.
 
-The denoiser sees the reference picture's latents beside the noisy ones, and one token: the image embedding of the reference and the
-relative pose, projected. There are two legs. First the token alone is learned, without the denoiser: it shall say what tiny-sd's text would
-say of the same object as the camera sees it ("a red chair, back view"), so that the denoiser, which understands that already, turns things
-from the start. The image tower of tiny-clip, which was taught not to care for the view, is trained along. Then everything together, on
+The denoiser sees the reference picture's latents beside the noisy ones, and tokens: the image embedding of the reference and the relative
+pose, projected. There are two legs. First the tokens alone are learned, without the denoiser: they shall be what tiny-sd's text would be for
+the same object as the camera sees it ("a red chair, back view"), so that the denoiser, which understands that already, turns things from
+the start. The image tower of tiny-clip, which was taught not to care for the view, is trained along. Then everything together, on
 pairs of pictures.
 """
 
@@ -41,7 +41,7 @@ from toybox.train_clip import MEAN, SPREAD
 from toybox.training import Average, Progress, load_state, save_state
 
 REFERENCES, TARGETS = 3, 7  # views of a scene; the first of the references is from near the front
-FRONT_SHARE = 0.5  # of the references that are asked about
+FRONT_SHARE = 0.6  # of the references that are asked about
 WHITE, LIT = 0.65, 0.5  # share of the scenes on white, and of those that are lit
 TOWER_SHARE = 0.3  # of the learning rate, for the image tower
 DROPPED = 0.1  # share of samples that are told nothing, for classifier-free guidance
@@ -127,7 +127,7 @@ def first_weights(model: nn.ModuleDict) -> None:
 
 
 def build() -> nn.ModuleDict:
-    """What is trained: denoiser, image tower, and the layers that make a token of what it sees and of the pose."""
+    """What is trained: denoiser, image tower, and the layers that make tokens of what it sees and of the pose."""
     parts = {"unet": build_unet(in_channels=8), "image_encoder": build_image_encoder()}
     return nn.ModuleDict({**parts, "cc_projection": build_projection()})
 
@@ -151,103 +151,85 @@ def draw_pairs(scenes: Scenes, count: int, generator: torch.Generator) -> tuple[
 
 
 class Teacher:
-    """What tiny-sd's text, pooled, says of an object from a camera: with it the time embedding of the denoiser is changed."""
+    """What tiny-sd's text says of an object from a camera."""
 
     def __init__(self) -> None:
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        folder, self.unet = MODELS / "tiny-sd", build_unet()
+        folder, unet = MODELS / "tiny-sd", build_unet()
         weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-        self.unet.load_state_dict({name: value.float() for name, value in weights.items()})
+        unet.load_state_dict({name: value.float() for name, value in weights.items()})
+        self.pool = unet.add_embedding.requires_grad_(False)  # what changes the denoiser's time embedding
         with quiet():
             encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
 
-        def embed(texts: list[str]) -> Tensor:
+        def embed(kind: str, color: str) -> Tensor:
+            texts = [caption(kind, color or None, view) for view in WORDS[8]]
             tokens = tokenizer(texts, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
             return encoder(tokens).last_hidden_state
 
-        with torch.no_grad():
-            self.null = self.unet.add_embedding(embed([""]))
-            self.known = torch.stack(  # kind, color, view words
-                [
-                    torch.stack(
-                        [embed([caption(kind, color or None, view) for view in WORDS[8]]) for color in data.PALETTE]
-                    )
-                    for kind in data.KINDS
-                ]
+        with torch.no_grad():  # kind, color, view words
+            self.known = torch.stack(
+                [torch.stack([embed(kind, color) for color in data.PALETTE]) for kind in data.KINDS]
             )
+            one = self.known[:, :, :8]  # of the views around, each with its own kind and color
+            self.spread = (one - one.mean(2, keepdim=True)).square().mean()
+            pooled = self.pool(one.flatten(0, 2)).unflatten(0, one.shape[:3])
+            self.pooled_spread = (pooled - pooled.mean(2, keepdim=True)).square().mean()
 
     @torch.no_grad()
-    def whitening(self, generator: torch.Generator, count: int = 4000) -> Float[Tensor, "D D"]:
-        """W such that |W x|^2 / D is 1 for differences x of the size that the view alone makes: kind and color differ by far more, and a
-        plain squared error would see little else."""
-        kind = torch.randint(len(data.KINDS), (count,), generator=generator)
-        color = torch.randint(len(data.PALETTE), (count,), generator=generator)
-        views = [
-            self(
-                kind,
-                color,
-                *(low + (high - low) * torch.rand(count, generator=generator) for low, high in (POLAR, (-180, 180))),
-            )
-            for _ in range(2)
-        ]
-        value, vector = torch.linalg.eigh((views[0] - views[1]).T.cov() / 2)
-        value = value.clamp(min=0) + 0.02 * value.mean()
-        return vector @ torch.diag(value.rsqrt()) @ vector.T
-
-    @torch.no_grad()
-    def __call__(self, kind: Tensor, color: Tensor, polar: Tensor, azimuth: Tensor) -> Float[Tensor, "B D"]:
+    def __call__(self, kind: Tensor, color: Tensor, polar: Tensor, azimuth: Tensor) -> Float[Tensor, "B L D"]:
         """kind, color: indices as in data.py; angles in degrees."""
         weights = view_weights(polar, azimuth, 8, True, data.ANGLE_OVERHEAD)
-        return self.unet.add_embedding(torch.einsum("bn,bnld->bld", weights, self.known[kind, color]))
+        return torch.einsum("bn,bnld->bld", weights, self.known[kind, color])
+
+    def error(self, tokens: Float[Tensor, "B L D"], wanted: Float[Tensor, "B L D"]) -> Float[Tensor, ""]:
+        """Of the tokens, and of what the denoiser makes of them, as shares of what the view alone changes."""
+        pooled = (self.pool(tokens) - self.pool(wanted)).square().mean() / self.pooled_spread
+        return ((tokens - wanted).square().mean() / self.spread + pooled) / 2
 
 
 def teach(model: nn.ModuleDict, args, generator: torch.Generator) -> None:
-    """The first leg: tower, token and its pooling, until the denoiser's time embedding is what the text would have made it."""
+    """The first leg: image tower and projection, until the tokens are what the text would have been."""
     teacher, pictures = Teacher(), data.load(seed=args.seed)
-    embedding, tower, projection = model["unet"].add_embedding, model["image_encoder"], model["cc_projection"]
-    trained = nn.ModuleList([embedding, tower, projection])
+    tower, projection = model["image_encoder"], model["cc_projection"]
+    trained, count = nn.ModuleList([tower, projection]), args.batch
     level = (pictures.polar > LEVEL[0]).nonzero()[:, 0]
     ahead = level[pictures.azimuth[level].abs() < 20]
     optimizer = torch.optim.AdamW(trained.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    progress, start, whiten = Progress("the token", args.teach_steps), time.time(), teacher.whitening(generator)
+    progress = Progress("the tokens", args.teach_steps)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, generator=generator)
+
+    def one_of(pool: Tensor) -> Tensor:
+        return pool[torch.randint(len(pool), (count,), generator=generator)]
+
     for step in range(args.teach_steps):
-        ratio = step / args.teach_steps
-        fall = min(1.0, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * ratio)))
-        optimizer.param_groups[0]["lr"] = args.lr * fall
-        count = args.batch
-
-        def uniform(low: float, high: float) -> Tensor:
-            return low + (high - low) * torch.rand(count, generator=generator)  # noqa: B023 (called at once)
-
-        front = uniform(0, 1) < FRONT_SHARE
-        index = torch.where(
-            front, *(pool[torch.randint(len(pool), (count,), generator=generator)] for pool in (ahead, level))
-        )
+        fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.teach_steps))
+        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / 100) * fall
+        index = torch.where(uniform(0, 1) < FRONT_SHARE, one_of(ahead), one_of(level))
         color = torch.randint(1, len(data.PALETTE), (count,), generator=generator)
         color[uniform(0, 1) < NATURAL] = 0
         picture = data.paint(pictures, index, color, generator, WHITE)
         polar, azimuth = uniform(*POLAR), uniform(-180, 180)
-        change = torch.stack([polar, azimuth, uniform(-0.2, 0.2)], -1)
+        there = torch.stack([polar, azimuth, uniform(-0.2, 0.2)], -1)
         here = torch.stack([pictures.polar[index], pictures.azimuth[index], torch.zeros(count)], -1)
-        told = uniform(0, 1) >= DROPPED
-        wanted = torch.where(told[:, None], teacher(pictures.kind[index], color, polar, azimuth), teacher.null)
         with torch.autocast("cpu", torch.bfloat16):
             seen = tower((picture - MEAN) / SPREAD).image_embeds
-        token = projection(torch.cat([seen.float(), relative_pose(change, here)], 1)) * told[:, None]
-        value = ((embedding(token[:, None]) - wanted) @ whiten).square().mean()
+        tokens = projection(torch.cat([seen.float(), relative_pose(there, here)], 1))
+        value = teacher.error(tokens, teacher(pictures.kind[index], color, polar, azimuth))
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         progress.update(value)
-    print(f"the token: {args.teach_steps} steps in {(time.time() - start) / 60:.1f} minutes", flush=True)
 
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--teach_steps", type=int, default=2500, help="of the first leg; 0 leaves it out")
+    flags.add_argument("--teach_steps", type=int, default=8000, help="of the first leg; 0 leaves it out")
     flags.set_defaults(per_kind=100, steps=5000, lr=7e-4)
     args = flags.parse_args()
 
@@ -304,8 +286,8 @@ def main() -> None:
         both = torch.cat([signal * clean + spread * noise, beside * told.view(-1, 1, 1, 1)], 1)
         with torch.autocast(device, torch.bfloat16):
             seen = tower((picture - MEAN) / SPREAD).image_embeds
-            token = projection(torch.cat([seen, pose], 1)) * told[:, None]
-            output = unet(both.contiguous(memory_format=torch.channels_last), t, token[:, None]).sample.float()
+            tokens = projection(torch.cat([seen, pose], 1)) * told.view(-1, 1, 1)
+            output = unet(both.contiguous(memory_format=torch.channels_last), t, tokens).sample.float()
         value = (output - (signal * noise - spread * clean)).square().mean()
         optimizer.zero_grad()
         value.backward()
