@@ -19,9 +19,10 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from errors import UserError, say  # noqa: E402
+from errors import UserError, say, status_of  # noqa: E402
 from guidance.weights import quiet  # noqa: E402
 from guidance.zero123_reference import write_view_model  # noqa: E402
+from options import Parser  # noqa: E402
 
 UNET, VAE, CLIP, PROJECTION = (
     "model.diffusion_model.",
@@ -272,8 +273,8 @@ def convert(path: Path, out: Path, stable: bool, size: int, dtype: torch.dtype) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit status: 0, or 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command; returns the exit status."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="the original .ckpt (or .safetensors)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; name it with --zero123")
     parser.add_argument(
@@ -284,17 +285,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dtype", choices=("fp32", "fp16"), default="fp32", help="of the weights written (default fp32)"
     )
     parser.add_argument("--force", action="store_true", help="write into a folder that holds something")
-    args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
+        args = parser.parse_args(argv)
         if not args.force and args.out.is_dir() and any(args.out.iterdir()):
             raise UserError(f"--out {args.out}: holds something already; choose another folder, or add --force")
         dtype = torch.float16 if args.dtype == "fp16" else torch.float32
         convert(args.checkpoint, args.out, args.stable, args.size, dtype)
-    except UserError as error:
-        say(str(error))
-        return 2
-    say(f"{args.out}: ready; use it with --zero123 {args.out}")
-    return 0
+        say(f"{args.out}: ready; use it with --zero123 {args.out}")
+
+    return status_of(work)
 
 
 if __name__ == "__main__":

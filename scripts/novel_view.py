@@ -20,7 +20,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from errors import UserError, say  # noqa: E402
+from errors import UserError, say, status_of  # noqa: E402
+from options import Parser  # noqa: E402
 
 TILES = (128, 256)  # smallest and largest side of a picture on the sheet
 
@@ -72,7 +73,7 @@ def write(path: Path, args: argparse.Namespace, picture: Tensor, answers: Tensor
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; their defaults are those of the published demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("image", type=Path, help="the picture; best with an alpha channel and the object in its middle")
     add("--azimuth", type=float, nargs="+", default=[90.0], help="degrees to the right, one or several (default 90)")
@@ -95,9 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit status: 0, or 2 for a user's mistake."""
-    args = build_parser().parse_args(argv)
-    try:
+    """The command; returns the exit status."""
+
+    def work() -> None:
+        args = build_parser().parse_args(argv)
         if args.steps < 1:
             raise UserError(f"--steps {args.steps}: must be at least 1")
         if not 0 <= args.eta <= 1:
@@ -107,11 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.image.is_file():
             raise UserError(f"{args.image}: no such file")
         write(args.out, args, *draw(args, read_white(args.image)))
-    except UserError as error:
-        say(str(error))
-        return 2
-    say(f"wrote {args.out}")
-    return 0
+        say(f"wrote {args.out}")
+
+    return status_of(work)
 
 
 if __name__ == "__main__":
