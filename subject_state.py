@@ -13,7 +13,6 @@ from errors import UserError, say
 from files import atomic
 from guidance.weights import read_json
 
-INTERRUPTED = 130
 RECORD, PAGE = "dreambooth3d.json", "report.html"
 # Each stage and those whose results it takes.
 STAGES: dict[str, tuple[str, ...]] = {

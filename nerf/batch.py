@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ class Batch:
     terms: dict[str, Tensor]
     log: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def loss(self) -> Tensor:
+        """All of them together; added up once."""
         return torch.stack([term.float() for term in self.terms.values()]).sum()
 
     @property

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-INTERRUPTED = 128 + signal.SIGINT  # 130: what a shell reports for Ctrl-C
+from errors import INTERRUPTED
+
 TERMINATED = 128 + signal.SIGTERM  # 143
 
 

@@ -54,6 +54,7 @@ def serve(trainer: Any, host: str, port: int) -> None:
         finally:
             server.stop()
     if trainer.interrupts.terminate:
+        trainer.metrics.close()
         raise SystemExit(TERMINATED)
 
 

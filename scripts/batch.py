@@ -29,14 +29,13 @@ sys.path.insert(0, str(ROOT))
 
 from batch_ray import PATIENCE, attempt, connected, in_use  # noqa: E402
 
-from errors import UserError, say, status_of  # noqa: E402
+from errors import MISTAKE, UserError, say, status_of  # noqa: E402
 from files import claimed, make_folder  # noqa: E402
 from nerf.batch_page import OUTPUT, Entry, entries, finished, last_error, write_index  # noqa: E402
 from nerf.progress import Bar  # noqa: E402
 from options import Parser, parse  # noqa: E402
 
 OURS = ("--text", "--workspace", "--ckpt")  # flags of main.py that this script sets, or that would undo a retry
-MISTAKE = 2  # main.py's exit status for what another attempt cannot mend
 NEWS = 10.0  # seconds between two looks at runs that say nothing, for the page
 
 

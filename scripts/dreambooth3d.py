@@ -26,15 +26,19 @@ sys.path[:0] = [str(ROOT)]
 sys.path.append(str(ROOT / "scripts"))
 
 from train_dreambooth import GROUPS as LEARNING  # noqa: E402
-from train_dreambooth import embedded  # noqa: E402
+from train_dreambooth import embedded, parser  # noqa: E402
 
-from errors import UserError, say  # noqa: E402
+from errors import INTERRUPTED, UserError, say, status_of  # noqa: E402
 from files import claimed  # noqa: E402
 from flags import Flag, convert  # noqa: E402
 from layers import suggest  # noqa: E402
 from nerf.batch_page import finished  # noqa: E402
-from options import Parser, add_flag  # noqa: E402
-from subject_state import INTERRUPTED, STAGES, State, digest  # noqa: E402
+from subject_state import STAGES, State, digest  # noqa: E402
+
+USAGE = (
+    "dreambooth3d.py --instance_dir FOLDER --prompt TEXT --class_prompt TEXT --workspace FOLDER [options] "
+    "[-- flags of main.py]"
+)
 
 REQUIRED = ("instance_dir", "prompt", "class_prompt", "workspace")
 OURS = (
@@ -89,7 +93,7 @@ def read_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     words = list(sys.argv[1:] if argv is None else argv)
     at = words.index("--") if "--" in words else len(words)
     words, flags = words[:at], words[at + 1 :]
-    typed, unknown = parser().parse_known_args(words)
+    typed, unknown = parser(GROUPS, __doc__, USAGE).parse_known_args(words)
     if unknown:
         hint = suggest(unknown[0].partition("=")[0], [f"--{name}" for name in FLAGS])
         raise UserError(f"unknown argument {unknown[0]}{hint}; flags of main.py stand behind --")
@@ -124,22 +128,6 @@ def _of_embedded(typed: argparse.Namespace) -> dict[str, Any]:
 
     learning = embedded(typed)
     return learning and {**learning, **yaml.safe_load((ROOT / SETTINGS.format("embedded")).read_text(encoding="utf-8"))}
-
-
-def parser() -> Parser:
-    """--help in groups."""
-    result = Parser(
-        description=__doc__,
-        usage="dreambooth3d.py --instance_dir FOLDER --prompt TEXT --class_prompt TEXT --workspace FOLDER [options] [-- flags of main.py]",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for title, group in GROUPS.items():
-        section = result.add_argument_group(title)
-        for flag in group:
-            add_flag(section, flag)
-    return result
 
 
 # -- the stages ----------------------------------------------------------------------------------------------------------
@@ -347,14 +335,7 @@ WORK = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The pipeline; returns the exit status."""
-    try:
-        run(read_options(argv))
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return 0
+    return status_of(lambda: run(read_options(argv)))
 
 
 if __name__ == "__main__":

@@ -114,17 +114,18 @@ def embedded(typed: argparse.Namespace) -> dict[str, Any]:
     return yaml.safe_load(EMBEDDED.read_text(encoding="utf-8"))
 
 
-def parser() -> Parser:
+def parser(groups: dict = GROUPS, about: str | None = __doc__, usage: str | None = None) -> Parser:
     """--help in groups, with units, ranges and defaults."""
     from options import add_flag
 
     result = Parser(
-        description=__doc__,
+        description=about,
+        usage=usage,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for title, group in GROUPS.items():
+    for title, group in groups.items():
         section = result.add_argument_group(title)
         for flag in group:
             add_flag(section, flag)
