@@ -24,15 +24,27 @@ PIECE = 0.1  # a separate piece belongs to the object if it has this share of th
 HOLE = 0.004  # share of the object's area up to which a hole in it is an error
 
 
-def cut_out(rgb: Float[Tensor, "H W 3"], label: str) -> Float[Tensor, "H W 1"]:
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of a picture's width and height
+
+
+def cut_out(rgb: Float[Tensor, "H W 3"], label: str, box: Box | None = None) -> Float[Tensor, "H W 1"]:
     """Coverage by the object in [0, 1]: by rembg where it is installed and has its weights, else by GrabCut; says which in one line.
 
-    UserError if nothing that could be an object stands out.
+    box: all of the object lies within. UserError if nothing that could be an object stands out.
     """
     pixels = (rgb * 255).round().byte().numpy()
-    mask, how = _by_rembg(pixels, label), "rembg"
-    if mask is None:
-        mask, how = _by_grabcut(pixels, label), "GrabCut, which looks for what differs from the picture's border"
+    rows, columns = slice(None), slice(None)
+    if box is not None:
+        left, right = (round(x * pixels.shape[1]) for x in box[::2])
+        top, bottom = (round(y * pixels.shape[0]) for y in box[1::2])
+        rows, columns = slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1))
+    inside, how = _by_rembg(pixels[rows, columns], label), "rembg"
+    if inside is not None:
+        mask = torch.zeros(*pixels.shape[:2], 1)
+        mask[rows, columns] = inside
+    else:
+        mask = _by_grabcut(pixels, label, None if box is None else (rows, columns))
+        how = f"GrabCut, which looks for what differs from {'what is outside the box' if box else 'the border'}"
     share = float((mask > 0.5).float().mean())
     if share < 1e-3:
         raise UserError(f"{label}: no object stands out; give a picture with an alpha channel")
@@ -84,9 +96,11 @@ def _by_rembg(pixels: UInt8[np.ndarray, "H W 3"], label: str) -> Float[Tensor, "
     return torch.from_numpy(np.asarray(alpha, np.float32).reshape(*pixels.shape[:2], 1) / 255)
 
 
-def _by_grabcut(pixels: UInt8[np.ndarray, "H W 3"], label: str) -> Float[Tensor, "H W 1"]:
-    """GrabCut (Rother et al. 2004) at most `WORK` pixels wide, begun from what differs from the border; then loose pieces go, small
-    holes are closed and the edge is made soft over a pixel."""
+def _by_grabcut(
+    pixels: UInt8[np.ndarray, "H W 3"], label: str, box: tuple[slice, slice] | None
+) -> Float[Tensor, "H W 1"]:
+    """GrabCut (Rother et al. 2004) at most `WORK` pixels wide, begun from a box (rows, columns), or from what differs from the border;
+    then loose pieces go, small holes are closed and the edge is made soft over a pixel."""
     try:
         import cv2
     except ImportError:
@@ -97,7 +111,13 @@ def _by_grabcut(pixels: UInt8[np.ndarray, "H W 3"], label: str) -> Float[Tensor,
     scale = min(1.0, WORK / max(height, width))
     small = (max(2, round(width * scale)), max(2, round(height * scale)))
     image = cv2.cvtColor(cv2.resize(pixels, small, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2BGR)
-    labels = _first_guess(image)
+    if box is None:
+        labels = _first_guess(image)
+    else:
+        chosen = np.zeros((height, width), np.uint8)
+        chosen[box] = 1
+        labels = np.where(cv2.resize(chosen, small, interpolation=cv2.INTER_NEAREST), cv2.GC_PR_FGD, cv2.GC_BGD)
+        labels = labels.astype(np.uint8)
     cv2.setRNGSeed(1)
     models = np.zeros((2, 1, 65))
     try:

@@ -3,10 +3,12 @@
 
     python scripts/preprocess_image.py photo.jpg
     python scripts/preprocess_image.py *.jpg --out prepared --no_depth
+    python scripts/preprocess_image.py cup.jpg --box 0.1 0 0.8 1
 
 writes photo_rgba.png, photo_depth.png (16 bits, larger is farther) and photo_normal.png (x right, y up, z towards the viewer, as (n + 1) / 2),
 which `main.py --image photo_rgba.png` finds. An alpha channel is used; without one the object is cut out by rembg where it is installed, else
-by GrabCut. Depths come from a network (--depth_model), normals from it or from the depths. Nothing is overwritten without --force.
+by GrabCut, which --box helps where the object is not clear or not whole. Depths come from a network (--depth_model), normals from it or from
+the depths. Nothing is overwritten without --force.
 """
 
 import argparse
@@ -44,6 +46,13 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--border_ratio", type=float, default=BORDER, help=f"share of the edge that stays free (default {BORDER})"
     )
+    parser.add_argument(
+        "--box",
+        nargs=4,
+        type=float,
+        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+        help="where the object is, as shares of width and height (0 to 1), for pictures without an alpha channel",
+    )
     parser.add_argument("--dont_recenter", action="store_true", help="leave the object where it is in the picture")
     parser.add_argument("--force", action="store_true", help="overwrite results that are there")
     parser.add_argument("--no_depth", action="store_true", help="no depth, and no normals but --normal_model's")
@@ -67,6 +76,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 16 <= args.size <= 4096:
         raise UserError(f"--size {args.size}: must be from 16 to 4096")
+    if args.box and not (0 <= args.box[0] < args.box[2] <= 1 and 0 <= args.box[1] < args.box[3] <= 1):
+        raise UserError(f"--box {' '.join(f'{x:g}' for x in args.box)}: must be LEFT TOP RIGHT BOTTOM, from 0 to 1")
     if not 0 <= args.border_ratio < 0.9:
         raise UserError(f"--border_ratio {args.border_ratio:g}: must be from 0 to 0.9")
     return args
@@ -111,7 +122,9 @@ def prepare(image: Path, args: argparse.Namespace, models: Models) -> dict[str, 
     """Write the results of one picture; says what became of it. The networks see the whole photograph, not the cut out object."""
     label = str(image)
     rgb, alpha = read_picture(image, label)
-    mask = cut_out(rgb, label) if alpha is None else alpha
+    if args.box and alpha is not None:
+        say(f"{label}: has an alpha channel, which says what the object is; --box is not looked at")
+    mask = cut_out(rgb, label, args.box) if alpha is None else alpha
     top, bottom, left, right = box_of(mask)
     height, width = mask.shape[:2]
     touching = [

@@ -110,6 +110,30 @@ def test_specks_go_and_holes_close_but_handles_stay():
     assert not found[60:120, 165:].any()
 
 
+def test_a_box_tells_which_thing_is_meant_and_that_it_may_reach_the_border():
+    rgb = torch.full((200, 200, 3), 0.9)
+    rgb[40:100, 0:60] = torch.tensor([0.1, 0.2, 0.7])  # cut off on the left
+    rgb[120:190, 100:190] = torch.tensor([0.8, 0.3, 0.1])  # larger
+    true = torch.zeros(200, 200, dtype=torch.bool)
+    true[40:100, 0:60] = True
+    alone = cut_out(rgb, "photo")[..., 0] > 0.5
+    told = cut_out(rgb, "photo", (0.0, 0.1, 0.4, 0.55))[..., 0] > 0.5
+    assert not (alone & true).any()
+    assert (told & true).sum() / (told | true).sum() > 0.95
+
+
+def test_rembg_sees_the_box_alone(monkeypatch):
+    seen = []
+
+    def remove(pixels, only_mask):
+        seen.append(pixels.shape)
+        return np.full(pixels.shape[:2], 255, np.uint8)
+
+    monkeypatch.setitem(sys.modules, "rembg", SimpleNamespace(remove=remove, __spec__=SimpleNamespace()))
+    found = cut_out(torch.rand(40, 80, 3), "photo", (0.25, 0.5, 0.5, 1.0))[..., 0]
+    assert seen == [(20, 20, 3)] and found[20:, 20:40].all() and found.sum() == 400
+
+
 def test_rembg_is_asked_first_where_it_is_installed(monkeypatch, capsys):
     half = np.zeros((40, 40), np.uint8)
     half[:, 20:] = 255
@@ -307,6 +331,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, depth_folder):
     refused("cannot be read as", path, "--depth_model", tmp_path)
     refused("--size 3", path, "--size", 3, "--no_depth")
     refused("--border_ratio", path, "--border_ratio", 1, "--no_depth")
+    refused("--box 0.5 0 0.2 1: must be", path, "--box", 0.5, 0, 0.2, 1, "--no_depth")
     (depth_folder / "preprocessor_config.json").rename(depth_folder / "away.json")
     try:
         refused("no preprocessor_config.json", path, "--depth_model", depth_folder)

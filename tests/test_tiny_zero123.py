@@ -19,12 +19,6 @@ def truth(kind, polar, azimuth):
     return compose(layers, torch.tensor(OBJECTS[kind].default), torch.ones(3)).permute(0, 3, 1, 2)
 
 
-# Strict: where better weights pass, the mark has to go.
-HARDLY_TURNS = pytest.mark.xfail(
-    reason="tiny-zero123 knows kinds and colors but hardly turns them; it wants more training", strict=True
-)
-
-
 @pytest.fixture(scope="module")
 def embedded():
     parts = read_view_model(view_source(None), "cpu")
@@ -44,8 +38,10 @@ def distances(drawn, true):
     return (drawn[:, None] - true[None]).square().mean((2, 3, 4))
 
 
-@HARDLY_TURNS
-@pytest.mark.parametrize("kind", ("mug", "teapot", "car", "duck", "elephant"))
+MIXES_UP = pytest.mark.xfail(reason="tiny-zero123 takes the teapot's spout for its handle", strict=True)
+
+
+@pytest.mark.parametrize("kind", ("mug", pytest.param("teapot", marks=MIXES_UP), "car", "duck", "elephant"))
 def test_a_quarter_turn_to_the_right_shows_the_object_s_side_at_plus_x(kind, embedded):
     azimuth = [90.0, -90.0]
     true = truth(kind, [LEVEL] * 2, azimuth)
@@ -53,7 +49,7 @@ def test_a_quarter_turn_to_the_right_shows_the_object_s_side_at_plus_x(kind, emb
     assert away[0, 0] < 0.7 * away[0, 1] and away[1, 1] < 0.7 * away[1, 0], away
 
 
-@pytest.mark.parametrize("kind", (pytest.param("table", marks=HARDLY_TURNS), "hat", "lamp"))
+@pytest.mark.parametrize("kind", ("table", "hat", "lamp"))
 def test_a_smaller_polar_angle_shows_it_from_higher_up(kind, embedded):
     polar = [LEVEL - 30, LEVEL + 30]
     true = truth(kind, polar, [0.0] * 2)
@@ -61,7 +57,6 @@ def test_a_smaller_polar_angle_shows_it_from_higher_up(kind, embedded):
     assert away[0, 0] < 0.7 * away[0, 1] and away[1, 1] < 0.7 * away[1, 0], away
 
 
-@HARDLY_TURNS
 def test_its_gradient_leads_a_picture_towards_the_view_that_was_asked_for(embedded):
     """The same noisy picture is understood better under its own angle than under the opposite one."""
     parts, prior = embedded

@@ -1,8 +1,6 @@
 """What training tiny-sd and training tiny-if have in common: captions, timesteps, and the loop."""
 
 import argparse
-import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from toybox import data
-from toybox.training import Average, Progress, load_state, save_state
+from toybox.training import Keeper, descend, load_state
 
 WORDS_SHARE = {8: 0.7, 4: 0.12, 0: 0.08}  # which set of view words a caption takes; the rest of the captions are empty
 NATURAL = 0.3  # share of pictures in their natural color, with no color word
@@ -116,23 +114,9 @@ def train(
     abar = abar.to(device)
     if args.resume:
         model.load_state_dict(load_state(args.resume)[0])
-    average = Average(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    progress = Progress(args.out.name, args.steps)
 
-    def done(step: int) -> float:
-        return (time.time() - progress.start) / (60 * args.minutes) if args.minutes else step / args.steps
-
-    def keep(step: int) -> None:
-        shadow = {**model.state_dict(), **average.values}
-        save_state(args.out.with_suffix(".state"), shadow, {"steps": step, "seconds": time.time() - progress.start})
-        save(*({k[5:]: v for k, v in shadow.items() if k.startswith(f"{part}.")} for part in ("unet", "text")))
-
-    saved, step = time.time(), 0
-    while (ratio := done(step)) < 1:
-        rate = args.lr * min(1.0, (step + 1) / 300) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * ratio)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    def value() -> Tensor:
         index = torch.multinomial(chance, args.batch, replacement=True, generator=generator)
         color = torch.randint(1, len(data.PALETTE), (args.batch,), generator=generator)
         color[torch.rand(args.batch, generator=generator) < NATURAL] = 0
@@ -145,17 +129,10 @@ def train(
             noise = torch.randn(clean.shape, generator=generator).to(device)
             text = captions(pictures, index, color, generator)
             output = unet(signal * clean + spread * noise, t, text).sample.float()
-        value = loss(output, clean, noise, t)
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        if step % 4 == 0:
-            average.update(model, every=4)
-        progress.update(value)
-        if time.time() - saved > 300:
-            keep(step)
-            saved = time.time()
-    keep(step)
-    print(f"done: {step} steps in {(time.time() - progress.start) / 60:.1f} minutes", flush=True)
+        return loss(output, clean, noise, t)
+
+    def parts(weights: dict[str, Tensor]) -> None:
+        save(*({k[5:]: v for k, v in weights.items() if k.startswith(f"{part}.")} for part in ("unet", "text")))
+
+    keeper = Keeper(model, args.out.with_suffix(".state"), parts)
+    keeper.keep(descend(args.out.name, optimizer, value, args.steps, minutes=args.minutes, warm=300, after=keeper))

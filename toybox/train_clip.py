@@ -1,8 +1,6 @@
 """Train tiny-clip: which caption does a picture show? It ranks prompts (R-Precision) for the evaluation."""
 
 import argparse
-import math
-import time
 from pathlib import Path
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 from toybox import data
 from toybox.captions import caption, write_tokenizer
 from toybox.models import build_clip
-from toybox.training import Progress
+from toybox.training import descend
 
 MEAN, SPREAD = 0.5, 0.25  # of the pictures, for normalisation; written into the folder's preprocessor_config.json
 CAPTIONS = [caption(kind, color or None) for kind in data.KINDS for color in data.PALETTE]
@@ -71,33 +69,22 @@ def main() -> None:
         said = model.text_projection(model.text_model(tokens[which]).pooler_output).float()
         return F.normalize(seen, dim=-1) @ F.normalize(said, dim=-1).T * model.logit_scale.exp().clamp(max=100)
 
-    progress = Progress("tiny-clip", args.steps)
-    for step in range(args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = (
-                args.lr * min(1.0, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
-            )
+    def loss() -> Tensor:
         image, target = batch(args.batch)
         strangers = torch.randint(len(CAPTIONS), (args.batch,), generator=generator).to(device)
         which, place = torch.cat([target, strangers]).unique(return_inverse=True)
         with torch.autocast(device, torch.bfloat16):
             scores = logits(image, which)
-        loss = F.cross_entropy(scores, place[: args.batch], label_smoothing=0.05)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        progress.update(loss)
+        return F.cross_entropy(scores, place[: args.batch], label_smoothing=0.05)
 
+    descend("tiny-clip", optimizer, loss, args.steps)
     model.eval()
     with torch.no_grad():
         every = torch.arange(len(CAPTIONS), device=device)
         hits = torch.cat(
             [(logits(image, every).argmax(-1) == target) for image, target in (batch(200) for _ in range(5))]
         )
-    print(
-        f"right among {len(CAPTIONS)} captions: {100 * hits.float().mean():.1f} %, {(time.time() - progress.start) / 60:.1f} minutes"
-    )
+    print(f"right among {len(CAPTIONS)} captions: {100 * hits.float().mean():.1f} %")
     model.to(torch.float16).save_pretrained(args.out)
     CLIPImageProcessor(
         size={"height": 64, "width": 64},

@@ -3,13 +3,11 @@
 The denoiser sees the reference picture's latents beside the noisy ones, and tokens: the image embedding of the reference and the relative
 pose, projected. There are two legs. First the tokens alone are learned, without the denoiser: they shall be what tiny-sd's text would be for
 the same object as the camera sees it ("a red chair, back view"), so that the denoiser, which understands that already, turns things from
-the start. The image tower of tiny-clip, which was taught not to care for the view, is trained along. Then everything together, on
-pairs of pictures.
+the start. The image tower of tiny-clip, which was taught not to care for the view, is trained along in the end. Then everything together,
+on pairs of pictures.
 """
 
 import json
-import math
-import time
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -38,12 +36,15 @@ from toybox.models import (
 from toybox.objects import COLORS, OBJECTS
 from toybox.render import compose, orbit_cameras, trace
 from toybox.train_clip import MEAN, SPREAD
-from toybox.training import Average, Progress, load_state, save_state
+from toybox.training import Keeper, descend, load_state
 
 REFERENCES, TARGETS = 3, 7  # views of a scene; the first of the references is from near the front
 FRONT_SHARE = 0.6  # of the references that are asked about
 WHITE, LIT = 0.65, 0.5  # share of the scenes on white, and of those that are lit
-TOWER_SHARE = 0.3  # of the learning rate, for the image tower
+TOWER_SHARE = (
+    0.15  # of the learning rate, for the image tower and the projection in the second leg, lest they forget the first
+)
+STORE = 24_000  # pictures that the projection learns from by itself
 DROPPED = 0.1  # share of samples that are told nothing, for classifier-free guidance
 POLAR, LEVEL = (15.0, 110.0), (60.0, 100.0)  # of targets and of references, degrees
 
@@ -191,46 +192,63 @@ class Teacher:
 
 
 def teach(model: nn.ModuleDict, args, generator: torch.Generator) -> None:
-    """The first leg: image tower and projection, until the tokens are what the text would have been."""
+    """The first leg: tokens as the text would have been. The projection alone first, on what tiny-clip's tower makes of a store of
+    pictures, at a tenth of the price; then the tower with it, for the sake of known views that are not the front."""
     teacher, pictures = Teacher(), data.load(seed=args.seed)
     tower, projection = model["image_encoder"], model["cc_projection"]
-    trained, count = nn.ModuleList([tower, projection]), args.batch
     level = (pictures.polar > LEVEL[0]).nonzero()[:, 0]
     ahead = level[pictures.azimuth[level].abs() < 20]
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    progress = Progress("the tokens", args.teach_steps)
 
-    def uniform(low: float, high: float) -> Tensor:
+    def uniform(count: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         return low + (high - low) * torch.rand(count, generator=generator)
 
-    def one_of(pool: Tensor) -> Tensor:
+    def one_of(pool: Tensor, count: int) -> Tensor:
         return pool[torch.randint(len(pool), (count,), generator=generator)]
 
-    for step in range(args.teach_steps):
-        fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.teach_steps))
-        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / 100) * fall
-        index = torch.where(uniform(0, 1) < FRONT_SHARE, one_of(ahead), one_of(level))
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        """Pictures, and their colors."""
+        index = torch.where(uniform(count) < FRONT_SHARE, one_of(ahead, count), one_of(level, count))
         color = torch.randint(1, len(data.PALETTE), (count,), generator=generator)
-        color[uniform(0, 1) < NATURAL] = 0
+        color[uniform(count) < NATURAL] = 0
+        return index, color
+
+    def see(index: Tensor, color: Tensor) -> Tensor:
         picture = data.paint(pictures, index, color, generator, WHITE)
-        polar, azimuth = uniform(*POLAR), uniform(-180, 180)
-        there = torch.stack([polar, azimuth, uniform(-0.2, 0.2)], -1)
-        here = torch.stack([pictures.polar[index], pictures.azimuth[index], torch.zeros(count)], -1)
         with torch.autocast("cpu", torch.bfloat16):
-            seen = tower((picture - MEAN) / SPREAD).image_embeds
-        tokens = projection(torch.cat([seen.float(), relative_pose(there, here)], 1))
-        value = teacher.error(tokens, teacher(pictures.kind[index], color, polar, azimuth))
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        progress.update(value)
+            return tower((picture - MEAN) / SPREAD).image_embeds.float()
+
+    def error(seen: Tensor, index: Tensor, color: Tensor) -> Tensor:
+        count = len(index)
+        there = torch.stack([uniform(count, *POLAR), uniform(count, -180, 180), uniform(count, -0.2, 0.2)], -1)
+        here = torch.stack([pictures.polar[index], pictures.azimuth[index], torch.zeros(count)], -1)
+        tokens = projection(torch.cat([seen, relative_pose(there, here)], 1))
+        return teacher.error(tokens, teacher(pictures.kind[index], color, there[:, 0], there[:, 1]))
+
+    def optimizer(*parts: nn.Module, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            nn.ModuleList(parts).parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
+
+    index, color = draw(STORE)
+    with torch.no_grad():
+        store = torch.cat([see(*piece) for piece in zip(index.split(200), color.split(200), strict=True)])
+
+    def stored() -> Tensor:
+        chosen = torch.randint(STORE, (8 * args.batch,), generator=generator)
+        return error(store[chosen], index[chosen], color[chosen])
+
+    def fresh() -> Tensor:
+        index, color = draw(2 * args.batch)
+        return error(see(index, color).repeat(4, 1), index.repeat(4), color.repeat(4))  # four poses of each picture
+
+    descend("the projection", optimizer(projection, lr=2 * args.lr), stored, 2 * args.teach_steps, warm=100)
+    descend("and the tower", optimizer(tower, projection, lr=args.lr), fresh, args.teach_steps, warm=100)
 
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--teach_steps", type=int, default=8000, help="of the first leg; 0 leaves it out")
-    flags.set_defaults(per_kind=100, steps=5000, lr=7e-4)
+    flags.add_argument("--teach_steps", type=int, default=2000, help="of the first leg; 0 leaves it out")
+    flags.set_defaults(per_kind=100, steps=7000, lr=5e-4)
     args = flags.parse_args()
 
     from diffusers.models.attention_processor import AttnProcessor
@@ -252,28 +270,11 @@ def main() -> None:
     unet.set_attn_processor(AttnProcessor())  # at 16 tokens the fused attention's backward takes ten times as long
     unet.to(memory_format=torch.channels_last)
     abar = build_scheduler().alphas_cumprod.to(device)
-    average = Average(model)
-    groups = [{"params": [*unet.parameters(), *projection.parameters()], "share": 1.0}]
-    groups += [{"params": list(tower.parameters()), "share": TOWER_SHARE}]
+    groups = [{"params": list(unet.parameters())}]
+    groups += [{"params": [*tower.parameters(), *projection.parameters()], "lr": TOWER_SHARE * args.lr}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    progress = Progress(args.out.name, args.steps)
 
-    def done(step: int) -> float:
-        return (time.time() - progress.start) / (60 * args.minutes) if args.minutes else step / args.steps
-
-    def keep(step: int) -> None:
-        shadow = {**model.state_dict(), **average.values}
-        save_state(args.out.with_suffix(".state"), shadow, {"steps": step, "seconds": time.time() - progress.start})
-        fresh = build()
-        fresh.load_state_dict(shadow)
-        save_view_pipeline(args.out, *fresh.values(), deepcopy(vae))
-
-    keep(0)
-    saved, step = time.time(), 0
-    while (ratio := done(step)) < 1:
-        fall = min(1.0, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * ratio)))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * group["share"] * fall
+    def loss() -> Tensor:
         scene, reference, target = draw_pairs(scenes, args.batch, generator)
         clean = scenes.latents[scene, target].float().to(device) * scaling
         beside = scenes.latents[scene, reference].float().to(device)
@@ -288,20 +289,16 @@ def main() -> None:
             seen = tower((picture - MEAN) / SPREAD).image_embeds
             tokens = projection(torch.cat([seen, pose], 1)) * told.view(-1, 1, 1)
             output = unet(both.contiguous(memory_format=torch.channels_last), t, tokens).sample.float()
-        value = (output - (signal * noise - spread * clean)).square().mean()
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        if step % 4 == 0:
-            average.update(model, every=4)
-        progress.update(value)
-        if time.time() - saved > 300:
-            keep(step)
-            saved = time.time()
-    keep(step)
-    print(f"done: {step} steps in {(time.time() - progress.start) / 60:.1f} minutes", flush=True)
+        return (output - (signal * noise - spread * clean)).square().mean()
+
+    def save(weights: dict[str, Tensor]) -> None:
+        fresh = build()
+        fresh.load_state_dict(weights)
+        save_view_pipeline(args.out, *fresh.values(), deepcopy(vae))
+
+    keeper = Keeper(model, args.out.with_suffix(".state"), save)
+    keeper.keep(0)
+    keeper.keep(descend(args.out.name, optimizer, loss, args.steps, minutes=args.minutes, after=keeper))
 
 
 if __name__ == "__main__":

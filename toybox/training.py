@@ -1,7 +1,9 @@
 """What the training scripts share: progress lines, whole files, and a number for picture quality."""
 
 import json
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -66,3 +68,65 @@ class Average:
         self.step += every
         keep = min(self.decay, (1 + self.step) / (10 + self.step)) ** every
         torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in module.parameters()], 1 - keep)
+
+
+def descend(
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[], Tensor],
+    steps: int,
+    *,
+    minutes: float | None = None,
+    warm: int = 200,
+    after: Callable[[int], None] = lambda step: None,
+) -> int:
+    """Go down a loss, for `steps` steps or for `minutes` instead -> the steps done.
+
+    The learning rates of the optimizer's groups rise over `warm` steps and fall by half a cosine to 1 %. Gradients are clipped to a norm
+    of 1. after: called with the number of steps done.
+    """
+    progress, step = Progress(name, steps), 0
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    peaks = [group["lr"] for group in optimizer.param_groups]
+
+    def done() -> float:
+        return (time.time() - progress.start) / (60 * minutes) if minutes else step / steps
+
+    while (ratio := done()) < 1:
+        fall = min(1.0, (step + 1) / warm) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * ratio)))
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * fall
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step += 1
+        after(step)
+        progress.update(value.detach())
+    print(f"{name}: {step} steps in {(time.time() - progress.start) / 60:.1f} minutes", flush=True)
+    return step
+
+
+class Keeper:
+    """Averages a model's weights as it is trained, and writes them every five minutes: a STATE file to go on from, and what `save` makes
+    of them."""
+
+    def __init__(self, model: torch.nn.Module, file: Path, save: Callable[[dict[str, Tensor]], None]) -> None:
+        self.model, self.file, self.save = model, file, save
+        self.average, self.start = Average(model), time.time()
+        self.kept = self.start
+
+    def __call__(self, step: int) -> None:
+        """After each step."""
+        if step % 4 == 0:
+            self.average.update(self.model, every=4)
+        if time.time() - self.kept > 300:
+            self.keep(step)
+
+    def keep(self, step: int) -> None:
+        """Write now."""
+        weights = {**self.model.state_dict(), **self.average.values}
+        save_state(self.file, weights, {"steps": step, "seconds": time.time() - self.start})
+        self.save(weights)
+        self.kept = time.time()
