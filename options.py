@@ -301,6 +301,8 @@ def _check(values: dict[str, Any], origins: dict[str, str]) -> None:
         refuse("latent", "photographs have no latents; leave one of them out")
     if values["guide_shape"] is None and values["lambda_shape"].max() > 0:
         refuse("lambda_shape", "name the shape with --guide_shape")
+    if values["lambda_eikonal"].max() > 0 and values["backbone"] != "sdf":
+        refuse("lambda_eikonal", "concerns distances; add --backbone sdf")
     if values["control"] != "none" and values["IF"]:
         refuse("control", "goes with Stable Diffusion, not with --IF; leave one of them out")
     if values["control"] == "canny" and values["latent_iter_ratio"] > 0:

@@ -12,6 +12,7 @@ from urllib.parse import quote
 from errors import UserError, say
 from files import atomic
 from guidance.weights import read_json
+from nerf.page import write_page
 
 RECORD, PAGE = "dreambooth3d.json", "report.html"
 # Each stage and those whose results it takes.
@@ -96,40 +97,31 @@ class State:
 
 # -- the page ------------------------------------------------------------------------------------------------------------
 
-_STYLE = """
-:root { --ground: #f6f6f4; --card: #fff; --ink: #1b1c1e; --soft: #6d7078; --line: #e3e3df; --tint: #3b5bdb; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #131416; --card: #1c1e21; --ink: #ececea; --soft: #9a9da5; --line: #2e3136; --tint: #8da2fb; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1280px; margin: 0 auto; padding: 40px 24px 64px; }
-h1 { margin: 4px 0 6px; font-size: clamp(28px, 5vw, 46px); line-height: 1.12; font-weight: 650; overflow-wrap: anywhere; }
-h2 { margin: 0; font-size: 18px; font-weight: 620; }
-p { margin: 0 0 10px; color: var(--soft); }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 16px; margin-top: 20px; }
+_TEMPLATE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{title}} · Somnium</title>
+<style>
+{{style}}h2 { margin: 0; font-size: 18px; font-weight: 620; }
+section p { margin: 0 0 10px; color: var(--soft); }
+section { padding: 16px; margin-top: 20px; }
 img, video { max-width: 100%; border-radius: 8px; }
 .photos img { height: 120px; margin-right: 8px; }
 video { width: 320px; }
-a { color: var(--tint); text-decoration: none; } a:hover { text-decoration: underline; }
+</style></head>
+<body><main><header><p class="brand">Somnium · DreamBooth3D</p><h1>{{title}}</h1><p>{{time}}</p></header>{{sections}}</main></body></html>
 """
 
 
-def write_page(workspace: Path, prompt: str, context: str | None, state: State, photographs: Sequence[Path]) -> Path:
+def write_report(workspace: Path, prompt: str, context: str | None, state: State, photographs: Sequence[Path]) -> Path:
     """WORKSPACE/report.html: the photographs, and what each stage made, with links to the stages' own reports. Small copies of the
     photographs lie in WORKSPACE/photos, so that the folder can be moved."""
     shown = "".join(f'<img src="{quote(_small(path, workspace / "photos"))}" alt="">' for path in photographs)
-    parts = [f'<section class="photos"><h2>photographs</h2>{shown}</section>']
+    parts = [f'<section class="card photos"><h2>photographs</h2>{shown}</section>']
     parts += [_section(workspace, stage, state) for stage in STAGES if stage != "context" or context]
-    title = html.escape(prompt)
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title} · Somnium</title><style>{_STYLE}</style></head><body><main><p>Somnium · DreamBooth3D</p><h1>{title}</h1>"
-        f"<p>{time.strftime('%d %B %Y, %H:%M')}</p>{''.join(parts)}</main></body></html>"
+    return write_page(
+        workspace / PAGE,
+        _TEMPLATE,
+        {"title": html.escape(prompt), "time": time.strftime("%d %B %Y, %H:%M"), "sections": "".join(parts)},
     )
-    with atomic(workspace / PAGE) as beside:
-        beside.write_text(page, encoding="utf-8")
-    return workspace / PAGE
 
 
 def _section(workspace: Path, stage: str, state: State) -> str:
@@ -146,7 +138,7 @@ def _section(workspace: Path, stage: str, state: State) -> str:
     for name, path in (("report", f"{stage}/report.html"), ("mesh", f"{stage}/mesh/mesh.glb")):
         if (workspace / path).is_file():
             inside.append(f'<p><a href="{quote(path)}">{name}</a></p>')
-    return f"<section>{''.join(inside)}</section>"
+    return f'<section class="card">{"".join(inside)}</section>'
 
 
 def _small(path: Path, folder: Path) -> str:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote
 
-from files import atomic
+from nerf.page import write_page
 
 TEMPLATE = Path(__file__).with_name("batch_page.html")
 OUTPUT = "output.txt"  # what main.py said, where something else than a terminal listened
@@ -78,12 +78,7 @@ def write_index(folder: Path, runs: Sequence[Entry]) -> Path:
         "subtitle": " · ".join([*told, time.strftime("%d %B %Y, %H:%M")]),
         "cards": "\n".join(_card(folder, run) for run in runs),
     }
-    pieces = TEMPLATE.read_text(encoding="utf-8").split("{{")
-    filled = pieces[0] + "".join(parts[name] + rest for name, _, rest in (p.partition("}}") for p in pieces[1:]))
-    path = folder / "index.html"
-    with atomic(path) as beside:
-        beside.write_text(filled, encoding="utf-8", errors="replace")
-    return path
+    return write_page(folder / "index.html", TEMPLATE.read_text(encoding="utf-8"), parts)
 
 
 def _card(folder: Path, run: Entry) -> str:

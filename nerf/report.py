@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from files import atomic
 from mesh import Mesh
 from mesh.export import read_glb
 from mesh.extract import decimate, vertex_normals
 from nerf import media
+from nerf.page import write_page
 from nerf.results import subject
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -62,13 +62,7 @@ def write_report(
         "files": _files(workspace),
         "data": json.dumps({"strip": strip, "mesh": shape}).replace("</", "<\\/"),
     }
-    page = TEMPLATE.read_text(encoding="utf-8")
-    pieces = page.split("{{")
-    filled = pieces[0] + "".join(parts[name] + rest for name, _, rest in (p.partition("}}") for p in pieces[1:]))
-    path = workspace / "report.html"
-    with atomic(path) as beside:
-        beside.write_text(filled, encoding="utf-8")
-    return path
+    return write_page(workspace / "report.html", TEMPLATE.read_text(encoding="utf-8"), parts)
 
 
 def _jpeg(picture: np.ndarray, side: int | None = None, quality: int = 85) -> str:

@@ -175,9 +175,9 @@ def run(asked: argparse.Namespace) -> None:
 
 
 def _page(asked: argparse.Namespace, workspace: Path, state: State, paths: list[Path]) -> None:
-    from subject_state import write_page
+    from subject_state import write_report
 
-    write_page(workspace, asked.prompt, asked.context, state, paths)
+    write_report(workspace, asked.prompt, asked.context, state, paths)
 
 
 def _keys(asked: argparse.Namespace, state: State) -> dict[str, str]:

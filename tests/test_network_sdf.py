@@ -43,7 +43,7 @@ def sampled(x):
 
 def eikonal(options, render, scene):
     """The regulariser alone, as training adds it up."""
-    return regularisers(options("--lambda_eikonal", 1, *QUIET), 0, scene, render)["eikonal"]
+    return regularisers(options("--backbone", "sdf", "--lambda_eikonal", 1, *QUIET), 0, scene, render)["eikonal"]
 
 
 def test_density_is_that_of_volsdf(options):

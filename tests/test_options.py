@@ -405,6 +405,7 @@ def test_pixels_have_no_latents_to_start_with():
         (["--IF", "--control", "depth"], "not with --IF"),
         (["--control_key", "x/y"], "--control normal, depth or canny"),
         (["--control", "canny", "--latent_iter_ratio", "0.1"], "use --latent_iter_ratio 0"),
+        (["--lambda_eikonal", "1"], "add --backbone sdf"),
     ],
 )
 def test_what_does_not_go_together(words, reason):
