@@ -42,7 +42,9 @@ def distances(drawn, true):
 NEITHER = pytest.mark.xfail(reason="tiny-zero123 draws the teapot's ends with neither spout nor handle", strict=True)
 
 
-@pytest.mark.parametrize("kind", ("mug", pytest.param("teapot", marks=NEITHER), "car", "duck", "elephant", "fish", "truck"))
+@pytest.mark.parametrize(
+    "kind", ("mug", pytest.param("teapot", marks=NEITHER), "car", "duck", "elephant", "fish", "truck")
+)
 def test_a_quarter_turn_to_the_right_shows_the_object_s_side_at_plus_x(kind, embedded):
     azimuth = [90.0, -90.0]
     true = truth(kind, [LEVEL] * 2, azimuth)
