@@ -151,7 +151,7 @@ def save_picture(path: Path, folder: Path, results: dict[str, dict[str, list[dic
     import numpy as np
     from PIL import Image
 
-    from toybox.sheet import labelled_sheet
+    from toybox.sheet import labelled_sheet, save_sheet
 
     def front(system: str, prompt: str) -> Any:
         found = stage_workspace(folder, system, prompt, SYSTEMS[system][-1]).glob("validation/*_rgb.png")
@@ -165,9 +165,7 @@ def save_picture(path: Path, folder: Path, results: dict[str, dict[str, list[dic
     rows = {
         SYSTEMS[system][-1].replace("-", "\n", 1): [front(system, prompt) for prompt in shown] for system in results
     }
-    sheet = labelled_sheet(rows, shown, "The last stage of each system, from the front", 96)
-    with atomic(path) as beside:  # 256 colors: half the bytes, and it looks the same
-        Image.fromarray(sheet).quantize(256, method=Image.Quantize.FASTOCTREE).save(beside, optimize=True)
+    save_sheet(path, labelled_sheet(rows, shown, "The last stage of each system, from the front", 96))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,6 @@ JUST_SEEN = 5.0  # and at least so far, in units of Lab
 PIECE = 0.1  # a separate piece belongs to the object if it has this share of the largest one's area
 HOLE = 0.004  # share of the object's area up to which a hole in it is an error
 
-
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of a picture's width and height
 
 
@@ -33,21 +32,19 @@ def cut_out(rgb: Float[Tensor, "H W 3"], label: str, box: Box | None = None) -> 
     box: all of the object lies within. UserError if nothing that could be an object stands out.
     """
     pixels = (rgb * 255).round().byte().numpy()
-    rows, columns = slice(None), slice(None)
-    if box is not None:
-        left, right = (round(x * pixels.shape[1]) for x in box[::2])
-        top, bottom = (round(y * pixels.shape[0]) for y in box[1::2])
-        rows, columns = slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1))
-    inside, how = _by_rembg(pixels[rows, columns], label), "rembg"
+    part = _part(box or (0.0, 0.0, 1.0, 1.0), *pixels.shape[:2])
+    inside, how = _by_rembg(pixels[part], label), "rembg"
     if inside is not None:
         mask = torch.zeros(*pixels.shape[:2], 1)
-        mask[rows, columns] = inside
+        mask[part] = inside
     else:
-        mask = _by_grabcut(pixels, label, None if box is None else (rows, columns))
+        mask = _by_grabcut(pixels, label, box)
         how = f"GrabCut, which looks for what differs from {'what is outside the box' if box else 'the border'}"
     share = float((mask > 0.5).float().mean())
     if share < 1e-3:
-        raise UserError(f"{label}: no object stands out; give a picture with an alpha channel")
+        raise UserError(
+            f"{label}: no object stands out; give a picture with an alpha channel, or tell scripts/preprocess_image.py where it is: --box"
+        )
     say(f"{label}: no alpha channel; cut out with {how} ({share:.0%} of the picture is object): look at the result")
     return mask
 
@@ -96,11 +93,16 @@ def _by_rembg(pixels: UInt8[np.ndarray, "H W 3"], label: str) -> Float[Tensor, "
     return torch.from_numpy(np.asarray(alpha, np.float32).reshape(*pixels.shape[:2], 1) / 255)
 
 
-def _by_grabcut(
-    pixels: UInt8[np.ndarray, "H W 3"], label: str, box: tuple[slice, slice] | None
-) -> Float[Tensor, "H W 1"]:
-    """GrabCut (Rother et al. 2004) at most `WORK` pixels wide, begun from a box (rows, columns), or from what differs from the border;
-    then loose pieces go, small holes are closed and the edge is made soft over a pixel."""
+def _part(box: Box, height: int, width: int) -> tuple[slice, slice]:
+    """The rows and the columns within a box, one of each at least."""
+    top, bottom = round(box[1] * height), round(box[3] * height)
+    left, right = round(box[0] * width), round(box[2] * width)
+    return slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1))
+
+
+def _by_grabcut(pixels: UInt8[np.ndarray, "H W 3"], label: str, box: Box | None) -> Float[Tensor, "H W 1"]:
+    """GrabCut (Rother et al. 2004) at most `WORK` pixels wide, begun from a box, or from what differs from the border; then loose pieces
+    go, small holes are closed and the edge is made soft over a pixel."""
     try:
         import cv2
     except ImportError:
@@ -114,10 +116,8 @@ def _by_grabcut(
     if box is None:
         labels = _first_guess(image)
     else:
-        chosen = np.zeros((height, width), np.uint8)
-        chosen[box] = 1
-        labels = np.where(cv2.resize(chosen, small, interpolation=cv2.INTER_NEAREST), cv2.GC_PR_FGD, cv2.GC_BGD)
-        labels = labels.astype(np.uint8)
+        labels = np.full(image.shape[:2], cv2.GC_BGD, np.uint8)
+        labels[_part(box, *image.shape[:2])] = cv2.GC_PR_FGD
     cv2.setRNGSeed(1)
     models = np.zeros((2, 1, 65))
     try:

@@ -43,6 +43,18 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def write_photos(folder, count=3):
+    """Pictures of noise, as photographs of some subject."""
+    import torch
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        picture = torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(number))
+        Image.fromarray((picture * 255).byte().numpy()).save(folder / f"{number}.png")
+    return folder
+
+
 @pytest.fixture
 def options(tmp_path):
     """`options("--lambda_tv", 0.1)`: the options of a tiny run in a fresh workspace, with more flags typed."""

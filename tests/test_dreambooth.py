@@ -10,8 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
-from PIL import Image
+from conftest import ROOT, write_photos
 from safetensors.torch import load_file
 from tiny_models import Folders
 
@@ -31,14 +30,6 @@ specification.loader.exec_module(script)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return Folders(tmp_path_factory.mktemp("models"))
-
-
-def write_photos(folder, count=3):
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        picture = torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(number))
-        Image.fromarray((picture * 255).byte().numpy()).save(folder / f"{number}.png")
-    return folder
 
 
 def differ(one, other):

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
-from PIL import Image
+from conftest import ROOT, write_photos
 
 import pseudo_views
 from errors import UserError
@@ -28,14 +27,6 @@ specification.loader.exec_module(script)
 VIEW = SimpleNamespace(
     theta_range=(15.0, 100.0), default_azimuth=0.0, default_radius=3.2, default_fovy=30.0, default_polar=80.0
 )
-
-
-def write_photos(folder, count=3):
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        picture = torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(number))
-        Image.fromarray((picture * 255).byte().numpy()).save(folder / f"{number}.png")
-    return folder
 
 
 def typed(folder, *more):

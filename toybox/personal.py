@@ -18,13 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from errors import UserError, say
-from files import atomic
-from nerf.media import pixels, save_png
+from errors import say, status_of
+from files import fill
+from nerf.media import pixels
 from options import Parser
 from toybox import evaluate, subject
 from toybox.render import orbit_cameras
-from toybox.sheet import labelled_sheet
+from toybox.sheet import labelled_sheet, save_sheet
 
 PROMPT, CLASS, CONTEXT, SHARE = "a sks teddy", "a teddy", "a green sks teddy", 0.3
 AZIMUTHS = torch.arange(8) * 45.0
@@ -108,13 +108,13 @@ def markdown(rows: dict[str, dict[str, float]], seconds: dict[str, float], told:
     return "\n".join(lines)
 
 
-def picture(views: dict[str, Float[Tensor, "8 H W 3"]], path: Path) -> Path:
+def picture(views: dict[str, Float[Tensor, "8 H W 3"]], path: Path) -> None:
     """A row of eight views for the truth and each scene."""
     truth, _ = subject.truth(orbit_cameras(evaluate.POLAR, AZIMUTHS, evaluate.RADIUS), evaluate.SIZE)
     rows = {"the truth": truth, **{NAMED[name].replace(", ", "\n"): image for name, image in views.items()}}
     tiles: dict[str, list[np.ndarray]] = {name: list(pixels(image)) for name, image in rows.items()}
     title = f'"{PROMPT}" from six photographs, the embedded model'
-    return save_png(path, labelled_sheet(tiles, [f"{azimuth:.0f}" for azimuth in AZIMUTHS.tolist()], title, 80))
+    save_sheet(path, labelled_sheet(tiles, [f"{azimuth:.0f}" for azimuth in AZIMUTHS.tolist()], title, 80))
 
 
 def main() -> None:
@@ -143,10 +143,7 @@ def main() -> None:
             say(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in rows[name].items()))
     stages = json.loads((folder / "work" / "dreambooth3d.json").read_text())["stages"]
     seconds = {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage}
-    text = args.out.read_text(encoding="utf-8") if args.out.exists() else f"{BEGIN}\n{END}\n"
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    with atomic(args.out) as beside:
-        beside.write_text(f"{before}{BEGIN}\n{markdown(rows, seconds, told)}\n{END}{after}", encoding="utf-8")
+    fill(args.out, (BEGIN, END), markdown(rows, seconds, told))
     picture(views, args.out.with_suffix(".png"))
 
 
@@ -157,7 +154,4 @@ def _read(path: Path) -> Float[Tensor, "h w 3"]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(status_of(main))

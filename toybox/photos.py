@@ -1,7 +1,8 @@
 """Photographs of toybox objects, and how well scenes that were made from them show what the photographs do not.
 
 python -m toybox.photos "a red chair" FOLDER       front_rgba.png and, with four views, views.csv and transforms.json
-python -m toybox.photos --measure                  ten objects from their front, three from four sides: the table of docs/photos.md
+python -m toybox.photos --measure                  ten objects from their front, three from four sides: the table and the
+                                                    picture of docs/photos.md
 python -m toybox.photos --measure --reuse -- --iters 300      what follows -- goes to main.py
 """
 
@@ -25,11 +26,13 @@ from options import Parser
 from toybox import evaluate
 from toybox.objects import COLORS, OBJECTS
 from toybox.render import compose, orbit_cameras, trace
+from toybox.sheet import labelled_sheet, save_sheet
 from toybox.training import psnr
 
 PROMPTS = (
     "a hamburger,a red chair,a green car,a pink teddy,a blue mug,a mushroom,a snowman,a rocket,a house,a yellow duck"
 ).split(",")
+AZIMUTHS = torch.arange(8) * 45.0
 SIDES = (0.0, 90.0, 180.0, -90.0)
 SIZE = 256  # pixels
 BEGIN, END = "<!-- table of toybox.photos -->", "<!-- end of the table -->"
@@ -69,19 +72,19 @@ def write_photos(prompt: str, folder: Path, azimuths: Sequence[float] = SIDES) -
     return folder
 
 
-def measure(prompt: str, workspace: Path) -> dict[str, float]:
+def measure(prompt: str, workspace: Path) -> tuple[dict[str, float], Float[Tensor, "8 H W 3"]]:
     """PSNR of the view from the front, IoU over 8 azimuths, PSNR of the views that show nothing of the front (90 degrees and more from it),
-    and what the picture of the front would get in their place."""
-    azimuth = torch.arange(8) * 45.0
-    image, alpha = evaluate.views(workspace, azimuth)
-    truth, mask = evaluate.truth(prompt, azimuth)
+    and what the picture of the front would get in their place; and what to look at: the true front, the scene from the 7 other sides."""
+    image, alpha = evaluate.views(workspace, AZIMUTHS)
+    truth, mask = evaluate.truth(prompt, AZIMUTHS)
     hidden = torch.tensor([2, 3, 4, 5, 6])
-    return {
+    numbers = {
         "front": psnr(image[:1], truth[:1]),
         "iou": evaluate.intersection_over_union(alpha, mask),
         "hidden": psnr(image[hidden], truth[hidden]),
         "copied": psnr(truth[:1].expand(len(hidden), -1, -1, -1), truth[hidden]),
     }
+    return numbers, torch.cat([truth[:1], image[1:]])
 
 
 def run(workspace: Path, flags: Sequence[str]) -> float:
@@ -134,7 +137,7 @@ def main() -> None:
         return
     cases = [(prompt, "front") for prompt in PROMPTS[: args.objects]]
     cases += [(prompt, kind) for kind in ("views.csv", "transforms.json") for prompt in PROMPTS[: args.sides]]
-    rows = []
+    rows, shown = [], {}
     for prompt, kind in cases:
         base = args.workspaces / prompt.replace(" ", "_")
         folder, workspace = write_photos(prompt, base / "photos"), base / kind.partition(".")[0]
@@ -147,13 +150,21 @@ def main() -> None:
             seconds = run(workspace, [*given.get(kind, ["--photos", str(folder)]), *extra])
         else:
             seconds = evaluate.logged_seconds(workspace)
-        rows.append({"prompt": prompt, "input": kind, "seconds": seconds, **measure(prompt, workspace)})
+        numbers, image = measure(prompt, workspace)
+        rows.append({"prompt": prompt, "input": kind, "seconds": seconds, **numbers})
+        if kind == "front":
+            shown[prompt] = list(media.pixels(image))
         say(
             " ".join(
                 f"{name} {value:.3f}" if isinstance(value, float) else str(value) for name, value in rows[-1].items()
             )
         )
     fill(args.out, (BEGIN, END), markdown(rows, extra))
+    if not shown:
+        return
+    columns = ["photograph", *(f"{azimuth:.0f}" for azimuth in AZIMUTHS[1:].tolist())]
+    title = "What became of one photograph, seen from the other sides"
+    save_sheet(args.out.with_suffix(".png"), labelled_sheet(shown, columns, title, 80))
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def teach(model: nn.ModuleDict, args, generator: torch.Generator) -> None:
         return error(see(index, color).repeat(4, 1), index.repeat(4), color.repeat(4))  # four poses of each picture
 
     descend("the projection", optimizer(projection, lr=2 * args.lr), stored, 2 * args.teach_steps, warm=100)
-    descend("and the tower", optimizer(tower, projection, lr=args.lr), fresh, args.teach_steps, warm=100)
+    descend("the projection and the tower", optimizer(tower, projection, lr=args.lr), fresh, args.teach_steps, warm=100)
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class Progress:
-    """Prints the running mean of a loss and the time left, about every ten seconds."""
+    """Prints the running mean of a loss and the time left, about every ten seconds; `minutes`: it ends after these, not after `steps`."""
 
-    def __init__(self, name: str, steps: int, interval: float = 10.0) -> None:
-        self.name, self.steps, self.interval = name, steps, interval
+    def __init__(self, name: str, steps: int, minutes: float | None = None, interval: float = 10.0) -> None:
+        self.name, self.steps, self.minutes, self.interval = name, steps, minutes, interval
         self.step = self.count = 0
         self.total = 0.0
         self.start = self.last = time.time()
@@ -27,9 +27,11 @@ class Progress:
         now = time.time()
         if now - self.last > self.interval or self.step == self.steps:
             pace = (now - self.last) / self.count
-            left = int(pace * (self.steps - self.step))
+            whole, left = f"/{self.steps}", int(pace * (self.steps - self.step))
+            if self.minutes:
+                whole, left = "", max(0, int(self.start + 60 * self.minutes - now))
             print(
-                f"{self.name} {self.step}/{self.steps}  loss {self.total / self.count:.4f}  {pace:.3f} s a step"
+                f"{self.name} {self.step}{whole}  loss {self.total / self.count:.4f}  {pace:.3f} s a step"
                 f"  {left // 60}:{left % 60:02d} left",
                 flush=True,
             )
@@ -85,7 +87,7 @@ def descend(
     The learning rates of the optimizer's groups rise over `warm` steps and fall by half a cosine to 1 %. Gradients are clipped to a norm
     of 1. after: called with the number of steps done.
     """
-    progress, step = Progress(name, steps), 0
+    progress, step = Progress(name, steps, minutes), 0
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     peaks = [group["lr"] for group in optimizer.param_groups]
 
