@@ -77,7 +77,8 @@ def test_what_cannot_be_had_is_said_in_one_line():
         read_part(network((None, True), missing="dcba"), FOLDER, torch.float32)
 
 
-def test_where_a_part_lies(tmp_path):
+def test_where_a_part_lies(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what lies beside the repository has no say
     assert part_source(tmp_path, "x/y", "--key") == Source(str(tmp_path), True, tmp_path.name, "--key")
     assert part_source(None, "x/y", "--key") == Source("x/y", False, "x/y", "--key")
     for wrong in ("nowhere", "a/b/c", "../x", "/no/where"):
