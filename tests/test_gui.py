@@ -98,7 +98,7 @@ class Hand:
     def state(self):
         return json.loads((self.folder / "state.json").read_text())
 
-    def until(self, true, seconds=60):
+    def until(self, true, seconds=180):
         end = time.monotonic() + seconds
         while not ((self.folder / "state.json").exists() and true(self.state)):
             assert self.process.poll() is None, self.process.stderr.read()
